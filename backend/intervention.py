@@ -1,0 +1,158 @@
+"""Intervention: one edit of one site while the model runs, and how it applies to an array.
+
+Both engines hand the site's array, in the dims of `sites.SITES`, to `apply`; so zero, mean, set, add, scale and noise mean
+the same thing in a PyTorch module and inside llama.cpp's graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backend.errors import LayerscopeError
+from backend.model_info import ModelInfo
+from backend.sites import SITES, resolve_site
+
+Op = Literal["zero", "mean", "set", "add", "scale", "noise"]
+OPS: tuple[str, ...] = get_args(Op)
+
+# Integers that index experts, and sites computed only on reading, cannot be changed in a running model. resid_pre can: it is the
+# previous layer's resid_post (layer 0: embed).
+NOT_EDITABLE = ("expert_indices", "result")
+
+
+@dataclass(frozen=True, eq=False)
+class Intervention:
+    """Edit `site` at `layer` by `op`, restricted to heads, positions and dimensions where given.
+
+    op      what happens to the selected values x
+    zero    0
+    mean    `value` if given (an array that broadcasts to the selection), else the mean of x over the selected positions
+    set     `value` (a number, or an array that broadcasts to the selection)
+    add     x + value
+    scale   x * value
+    noise   x + value * standard normal noise, from `seed`
+
+    `head` selects along the head axis (kv heads for k, v), `pos` along positions (query positions for attention maps; negative
+    counts from the end), `dim` along the last axis. None selects all. Attention maps are not renormalised after an edit.
+    """
+
+    site: str
+    layer: int | None
+    op: Op
+    value: Any = None
+    head: int | tuple[int, ...] | None = None
+    pos: int | tuple[int, ...] | None = None
+    dim: int | tuple[int, ...] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        site, layer = resolve_site(self.site)
+        object.__setattr__(self, "site", site)
+        if layer is not None:
+            object.__setattr__(self, "layer", layer)
+        if self.op not in OPS:
+            raise LayerscopeError(f"There is no edit {self.op!r}; edits are {', '.join(OPS)}.")
+        if site in NOT_EDITABLE:
+            raise LayerscopeError(f"Site {site!r} cannot be edited; edit the values it is computed from.")
+        if self.op in ("set", "add", "scale", "noise") and self.value is None:
+            raise LayerscopeError(f"Edit {self.op!r} of {site!r} needs a value.")
+        if not SITES[site].per_layer:
+            object.__setattr__(self, "layer", None)
+        elif self.layer is None:
+            raise LayerscopeError(f"Site {site!r} exists in every layer; name the layer to edit.")
+
+    def check(self, info: ModelInfo, n_tokens: int) -> None:
+        """Raise LayerscopeError, with the value and the limit, if layer, head, pos or dim lie outside the model or the prompt."""
+        site = SITES[self.site]
+        if self.layer is not None and not 0 <= self.layer < info.n_layers:
+            raise LayerscopeError(f"Layer {self.layer} of an edit is outside 0-{info.n_layers - 1} of {info.name}.")
+        head_axis = next((d for d in site.dims if d in ("head", "kv_head")), None)
+        if self.head is not None:
+            if head_axis is None:
+                raise LayerscopeError(f"Site {self.site!r} has no heads to select.")
+            _check_range("Head", _tuple(self.head), info.dims[head_axis], 0)
+        _check_range("Position", _tuple(self.pos), n_tokens, -n_tokens)
+        size = n_tokens if site.dims[-1] == "k_pos" else info.dims[site.dims[-1]]
+        _check_range("Dimension", _tuple(self.dim), size, 0)
+
+    def to_json(self) -> dict[str, Any]:
+        """A record for the trace; an array value is summarised by shape and norm, not stored."""
+        value = self.value
+        if isinstance(value, np.ndarray) and value.ndim:
+            value = {"shape": list(value.shape), "l2_norm": float(np.linalg.norm(value))}
+        record = {"site": self.site, "layer": self.layer, "op": self.op, "value": value, "head": self.head, "pos": self.pos, "dim": self.dim, "seed": self.seed}
+        return {key: item for key, item in record.items() if item is not None}
+
+
+def apply(edit: Intervention, values: NDArray[np.float32], start: int = 0, n_tokens: int | None = None) -> NDArray[np.float32]:
+    """Return an edited copy of `values`.
+
+    values: one layer's array in the site's dims, holding positions `start` to `start + n` of a prompt of `n_tokens`.
+    A long prompt arrives in several pieces; positions outside this piece are left to the others.
+    """
+    dims = SITES[edit.site].dims
+    axis = {"pos": dims.index("q_pos" if "q_pos" in dims else "pos")}
+    n_here = values.shape[axis["pos"]]
+    total = n_tokens if n_tokens is not None else start + n_here
+    out = np.array(values, dtype=np.float32, copy=True)
+    index: list[Any] = [np.arange(size) for size in out.shape]
+    if edit.pos is not None:
+        wanted = [p + total if p < 0 else p for p in _tuple(edit.pos)]
+        local = [p - start for p in wanted if start <= p < start + n_here]
+        if not local:
+            return out
+        index[axis["pos"]] = np.array(local)
+    if edit.head is not None:
+        index[next(i for i, d in enumerate(dims) if d in ("head", "kv_head"))] = np.array(_tuple(edit.head))
+    if edit.dim is not None:
+        index[-1] = np.array(_tuple(edit.dim))
+    where = np.ix_(*index)
+    picked = out[where]
+    if edit.op == "mean" and edit.value is None and (start or n_here < total):
+        raise LayerscopeError(f"The mean over positions needs the whole prompt in one pass, but it ran in pieces of {n_here} of {total} tokens; give the mean as value.")
+    out[where] = _new_values(edit, picked, axis["pos"])
+    return out
+
+
+def _new_values(edit: Intervention, picked: NDArray[np.float32], pos_axis: int) -> NDArray[np.float32] | np.floating[Any]:
+    if edit.op == "zero":
+        return np.zeros_like(picked)
+    if edit.op == "mean" and edit.value is None:
+        return np.broadcast_to(picked.mean(axis=pos_axis, keepdims=True), picked.shape)
+    if edit.op == "scale":
+        return picked * np.float32(edit.value)
+    if edit.op == "noise":
+        return picked + np.float32(edit.value) * np.random.default_rng(edit.seed).standard_normal(picked.shape, dtype=np.float32)
+    try:
+        value = np.broadcast_to(np.asarray(edit.value, dtype=np.float32), picked.shape)
+    except ValueError:
+        raise LayerscopeError(f"The value of edit {edit.op!r} has shape {np.shape(edit.value)}, which does not fit {picked.shape} at {edit.site}.") from None
+    return picked + value if edit.op == "add" else value
+
+
+def edits_by_place(edits: Iterable[Intervention]) -> dict[tuple[str, int | None], list[Intervention]]:
+    """Group edits by (site, layer), in the order given; resid_pre is rewritten as what it is: the previous resid_post, or embed."""
+    places: dict[tuple[str, int | None], list[Intervention]] = {}
+    for edit in edits:
+        place: tuple[str, int | None] = (edit.site, edit.layer)
+        if edit.site == "resid_pre":
+            place = ("resid_post", edit.layer - 1) if edit.layer else ("embed", None)
+        places.setdefault(place, []).append(edit)
+    return places
+
+
+def _tuple(value: int | Sequence[int] | None) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return (int(value),) if isinstance(value, (int, np.integer)) else tuple(int(v) for v in value)
+
+
+def _check_range(what: str, values: Iterable[int], stop: int, start: int) -> None:
+    for value in values:
+        if not start <= value < stop:
+            raise LayerscopeError(f"{what} {value} of an edit is outside {max(start, 0)}-{stop - 1}.")
