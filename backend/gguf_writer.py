@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -58,8 +57,7 @@ def write_gguf(hf_folder: Path, out: Path, ftype: str = "f16") -> None:
     hf_folder, out = Path(hf_folder), Path(out)
     config = _read_config(hf_folder)
     out.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
-    os.close(handle)
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         writer = gguf.GGUFWriter(part, "llama")
         _add_sizes(writer, config, name=hf_folder.name, ftype=ftype)
@@ -73,7 +71,7 @@ def write_gguf(hf_folder: Path, out: Path, ftype: str = "f16") -> None:
         writer.close()
         os.replace(part, out)
     finally:
-        Path(part).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

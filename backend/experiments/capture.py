@@ -1,0 +1,269 @@
+"""Capture: run a prompt once with instruments attached and publish one trace.
+
+Generated tokens come first, without capture; then prompt and generated tokens run together once, so every step's state is one
+position of one square trace. Each piece goes from the engine through the integrity check to disk and is forgotten: memory does
+not grow with the number of layers.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backend.analysis import attention as attention_analysis
+from backend.analysis import logits as logits_analysis
+from backend.analysis.identities import Identities
+from backend.engines import Engine, Piece, Request, Sampling, ShouldStop, never_stop
+from backend.errors import LayerscopeError
+from backend.experiments import Context, Progress, no_progress
+from backend.experiments.logit_lens import AUTO_BUDGET, compute_lens, cost, lens_rows
+from backend.intervention import Intervention
+from backend.sites import SITES, STANDARD_SITES, resolve_sites
+from backend.trace_writer import TraceWriter
+
+TOP_K = 20
+THUMBNAIL_SIZE = 48
+# Free disk left untouched by a capture, on top of the trace's own estimated size.
+DISK_RESERVE = 256 << 20
+
+
+@dataclass(frozen=True)
+class CaptureSpec:
+    """What to run and what to keep."""
+
+    prompt: str = ""
+    token_ids: tuple[int, ...] | None = None  # instead of the prompt's text
+    sites: tuple[str, ...] | None = None  # None: STANDARD_SITES, as far as the model has them
+    layers: tuple[int, ...] | None = None
+    max_new_tokens: int = 0
+    sampling: Sampling = Sampling()
+    interventions: tuple[Intervention, ...] = ()
+    category: str = ""
+    tags: tuple[str, ...] = ()
+    precision: str = "float16"
+    lens: bool | None = None  # None: if it costs less than AUTO_BUDGET
+    command: list[str] = field(default_factory=list)
+
+
+def capture(engine: Engine, spec: CaptureSpec, folder: Path, *, progress: Progress = no_progress, should_stop: ShouldStop = never_stop,
+            trace_id: str | None = None) -> Path:  # fmt: skip
+    """Run `spec` on `engine` and publish the trace in `folder`; returns its path.
+
+    Raises LayerscopeError for anything the user can mend (nothing is left on disk), Cancelled when should_stop() says so.
+    """
+    started = time.perf_counter()
+    prompt_ids = list(spec.token_ids) if spec.token_ids is not None else _tokenize(engine, spec.prompt)
+    request = _request(engine, spec)
+    timings: dict[str, float] = {}
+    ids = prompt_ids
+    if spec.max_new_tokens:
+        written: list[int] = []
+
+        def count(token: int) -> None:
+            written.append(token)
+            progress("generating", len(written), spec.max_new_tokens)
+
+        progress("generating", 0, spec.max_new_tokens)
+        ids = prompt_ids + engine.generate(prompt_ids, spec.max_new_tokens, spec.sampling, count, spec.interventions, should_stop)
+        timings["generate_s"] = time.perf_counter() - started
+    _check_disk(engine, request, len(ids), folder, spec.precision)
+    for edit in spec.interventions:
+        edit.check(engine.info, len(ids))
+    with TraceWriter(folder, engine.info, len(ids), spec.precision, trace_id) as writer, _LogitStore(len(ids), engine.info.d_vocab, folder) as logits:
+        run = _Run(engine, request, ids, writer, logits, progress, keep_logits="logits" in request.sites)
+        mark = time.perf_counter()
+        engine.run(ids, Request((*request.sites, "logits"), request.layers), run.sink, spec.interventions, should_stop)
+        timings["run_s"] = time.perf_counter() - mark
+        vocabulary = _write_summaries(engine, spec, run, writer, logits, ids, progress, should_stop, timings)
+        progress("publishing", 0, 1)
+        texts = engine.token_texts(ids)
+        special = [i for i, token in enumerate(ids) if token in (engine.info.bos_id, engine.info.eos_id)]
+        writer.tokens(ids, texts, len(prompt_ids), special)
+        writer.vocabulary(dict(zip(sorted(vocabulary), engine.token_texts(sorted(vocabulary)), strict=True)))
+        timings["total_s"] = time.perf_counter() - started
+        path = writer.publish(
+            engine_version=engine.version,
+            category=spec.category,
+            tags=spec.tags,
+            prompt=spec.prompt if spec.token_ids is None else engine.detokenize(prompt_ids),
+            response=engine.detokenize(ids[len(prompt_ids) :]),
+            generation={"max_new_tokens": spec.max_new_tokens, **asdict(spec.sampling)},
+            interventions=[edit.to_json() for edit in spec.interventions],
+            capture={"sites": list(request.sites), "layers": list(request.layers) if request.layers is not None else None, "precision": spec.precision},
+            timings={name: round(value, 4) for name, value in timings.items()},
+            integrity=run.identities.report(),
+            command=spec.command,
+        )
+        progress("publishing", 1, 1)
+    return path
+
+
+class _Run:
+    """Receives the pieces of one forward pass: checks them, stores them, and computes what needs the full-precision values."""
+
+    def __init__(self, engine: Engine, request: Request, ids: list[int], writer: TraceWriter, logits: _LogitStore, progress: Progress, keep_logits: bool) -> None:
+        self.request, self.ids, self.writer, self.logits, self.progress, self.keep_logits = request, ids, writer, logits, progress, keep_logits
+        self.identities = Identities(engine.info, weight=engine.weight, unembed=engine.unembed)
+        self.n_layers = engine.info.n_layers
+        self._rows: dict[int, list[dict[str, NDArray[np.float64]]]] = {}
+        self.thumbs: dict[int, NDArray[np.uint8]] = {}
+        self._layer = -1
+
+    def sink(self, piece: Piece) -> None:
+        if piece.layer is not None and piece.layer != self._layer:
+            self._layer = piece.layer
+            self.progress("running", piece.layer + 1, self.n_layers)
+        self.identities.add(piece.site, piece.layer, piece.values, piece.start)
+        if piece.site == "logits":
+            self.logits.put(piece.start, piece.values)
+            if not self.keep_logits:
+                return
+        self.writer.write(piece)
+        if piece.site == "attn_pattern" and piece.layer is not None:
+            self._head_summaries(piece.layer, piece.start, piece.values)
+
+    def _head_summaries(self, layer: int, start: int, pattern: NDArray[np.float32]) -> None:
+        rows = self._rows.setdefault(layer, [])
+        rows.append(attention_analysis.row_scores(pattern, self.ids, start))
+        thumbs = self.thumbs.setdefault(layer, _blank_thumbnails(pattern.shape[0], len(self.ids)))
+        attention_analysis.add_to_thumbnails(thumbs, pattern, start, len(self.ids))
+
+    def head_metrics(self) -> dict[int, dict[str, NDArray[np.float32]]]:
+        """Layer -> metric -> (head,), over all pieces."""
+        joined = {layer: {name: np.concatenate([piece[name] for piece in pieces], axis=-1) for name in pieces[0]} for layer, pieces in sorted(self._rows.items())}
+        return {layer: attention_analysis.mean_over_rows(rows) for layer, rows in joined.items()}
+
+
+def _write_summaries(engine: Engine, spec: CaptureSpec, run: _Run, writer: TraceWriter, logits: _LogitStore, ids: list[int], progress: Progress,
+                     should_stop: ShouldStop, timings: dict[str, float]) -> set[int]:  # fmt: skip
+    """Logit summaries, head metrics and lens; returns the token ids that they mention."""
+    vocabulary = set(ids)
+    summary = logits.summary(ids)
+    writer.logits(summary)
+    vocabulary.update(summary["top_ids"].ravel().tolist())
+    metrics = run.head_metrics()
+    if metrics:
+        layers = list(metrics)
+        for name in metrics[layers[0]]:
+            writer.result(f"attn_{name}", np.stack([metrics[layer][name] for layer in layers]), ("layer", "head"), layers=layers)
+        writer.result("attn_thumbs", np.stack([run.thumbs[layer] for layer in layers]), ("layer", "head", "t", "t"), layers=layers)
+    rows = lens_rows(writer, engine.info.n_layers)
+    lens = spec.lens
+    if lens is None:
+        lens = cost(len(rows), len(ids), engine.info.d_model, engine.info.d_vocab) <= AUTO_BUDGET
+    if lens and len(rows) > 1:
+        mark = time.perf_counter()
+        results = compute_lens(engine, writer, logits.values, ids, rows, progress=progress, should_stop=should_stop)
+        for name, values in results.items():
+            writer.result(name, values, ("row", "pos", "k")[: values.ndim], rows=rows)
+        vocabulary.update(results["lens_top_ids"].ravel().tolist())
+        timings["lens_s"] = time.perf_counter() - mark
+    return {int(i) for i in vocabulary}
+
+
+def _blank_thumbnails(n_heads: int, n_tokens: int) -> NDArray[np.uint8]:
+    side = min(THUMBNAIL_SIZE, n_tokens)
+    return np.zeros((n_heads, side, side), np.uint8)
+
+
+class _LogitStore:
+    """The run's logits (pos, d_vocab) until their summaries are written: in memory, or in an unlinked file when they are large."""
+
+    MEMORY_LIMIT = 256 << 20
+
+    def __init__(self, n_tokens: int, d_vocab: int, folder: Path) -> None:
+        self._file: Any = None
+        shape = (n_tokens, d_vocab)
+        if 4 * n_tokens * d_vocab <= self.MEMORY_LIMIT:
+            self.values: NDArray[np.float32] = np.full(shape, np.nan, dtype=np.float32)
+        else:
+            self._file = tempfile.TemporaryFile(dir=folder)
+            self.values = np.memmap(self._file, dtype=np.float32, mode="w+", shape=shape)
+
+    def put(self, start: int, rows: NDArray[np.float32]) -> None:
+        self.values[start : start + rows.shape[0]] = rows
+
+    def summary(self, ids: list[int]) -> dict[str, NDArray[Any]]:
+        """The datasets of /logits in FORMAT.md."""
+        k = min(TOP_K, self.values.shape[1])
+        n = len(ids)
+        parts: list[dict[str, NDArray[Any]]] = []
+        for start in range(0, n, 64):
+            rows = slice(start, min(start + 64, n))
+            block = np.asarray(self.values[rows])
+            top_ids, top_logprobs = logits_analysis.top_k(block, k)
+            following = np.asarray([*ids[start + 1 : rows.stop + 1], 0][: len(block)])
+            next_logprobs = (block[np.arange(len(block)), following] - logits_analysis.logsumexp(block)).astype(np.float32)
+            parts.append({"top_ids": top_ids, "top_logprobs": top_logprobs, "logsumexp": logits_analysis.logsumexp(block),
+                          "entropy": logits_analysis.entropy(block), "next_logprobs": next_logprobs,
+                          "next_ranks": logits_analysis.rank_of(block, following)})  # fmt: skip
+        parts[-1]["next_logprobs"][-1], parts[-1]["next_ranks"][-1] = np.nan, -1  # nothing follows the last token
+        types = {"top_ids": np.int32, "next_ranks": np.int32}
+        return {name: np.concatenate([p[name] for p in parts]).astype(types.get(name, np.float32)) for name in parts[0]}
+
+    def __enter__(self) -> _LogitStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _tokenize(engine: Engine, prompt: str) -> list[int]:
+    if not prompt:
+        raise LayerscopeError("The prompt is empty; type at least one character.")
+    return engine.tokenize(prompt)
+
+
+def _request(engine: Engine, spec: CaptureSpec) -> Request:
+    """The sites that are stored: those named (which must exist), or the standard ones as far as the model has them."""
+    if spec.sites is None:
+        sites = tuple(site for site in STANDARD_SITES if site in engine.sites)
+    else:
+        sites = tuple(site for site in resolve_sites(spec.sites) if not SITES[site].derived)
+        if any(SITES[s].derived for s in resolve_sites(spec.sites)):
+            sites = resolve_sites({*sites, *(need for s in resolve_sites(spec.sites) for need in _NEEDS.get(s, ()))})
+    if spec.max_new_tokens < 0:
+        raise LayerscopeError(f"The number of new tokens is {spec.max_new_tokens}; it must be 0 or more.")
+    return Request(sites, tuple(sorted(set(spec.layers))) if spec.layers is not None else None)
+
+
+# What has to be stored so that a derived site can be read.
+_NEEDS = {"resid_pre": ("embed", "resid_post"), "result": ("z",)}
+
+
+def _check_disk(engine: Engine, request: Request, n_tokens: int, folder: Path, precision: str) -> None:
+    from backend.estimate import trace_bytes
+
+    folder.mkdir(parents=True, exist_ok=True)
+    need = trace_bytes(engine.info, n_tokens, request.sites, request.layers, precision)
+    free = shutil.disk_usage(folder).free
+    if need + DISK_RESERVE > free:
+        raise LayerscopeError(f"The trace needs about {need / 1e6:,.0f} MB and {DISK_RESERVE / 1e6:,.0f} MB are kept free, but {folder} has {free / 1e6:,.0f} MB left.")
+
+
+def capture_job(context: Context, params: dict[str, Any]) -> dict[str, Any]:
+    """Job: the parameters of a capture as JSON -> {"trace_id": id}."""
+    context.progress("loading model", 0, 1)
+    engine = context.engine(params["model"], {})
+    context.progress("loading model", 1, 1)
+    spec = CaptureSpec(
+        prompt=params.get("prompt", ""),
+        sites=tuple(params["sites"]) if params.get("sites") else None,
+        layers=tuple(params["layers"]) if params.get("layers") else None,
+        max_new_tokens=int(params.get("max_new_tokens", 0)),
+        sampling=Sampling(**{name: params[name] for name in ("temperature", "top_k", "top_p", "min_p", "seed") if name in params}),
+        category=params.get("category", ""),
+        tags=tuple(params.get("tags", ())),
+        precision=params.get("precision", "float16"),
+    )
+    path = capture(engine, spec, context.traces_dir, progress=context.progress, should_stop=context.should_stop)
+    context.library.add(path)
+    return {"trace_id": path.stem}

@@ -1,0 +1,85 @@
+"""Where everything lies inside a trace file: the one module that knows the HDF5 paths, for the reader and the writer alike.
+
+`backend/FORMAT.md` is the normative text; `tests/test_trace_format.py` holds the two against each other.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from typing import Any
+
+import h5py
+import numpy as np
+
+from backend.errors import LayerscopeError
+from backend.sites import SITES
+
+FORMAT = "layerscope-trace"
+VERSION = 1
+SUFFIX = ".h5"
+PART_SUFFIX = ".h5.part"
+
+ID_PATTERN = re.compile(r"[0-9a-z_]{8,64}")
+
+# Float16 holds at most this much; a site with larger values is stored as float32.
+FLOAT16_MAX = 65504.0
+
+_SPECIAL_PATHS = {"embed": "embeddings/input_embeddings", "ln_final_out": "embeddings/output_embeddings", "logits": "logits/full"}
+_LAYER_GROUP = re.compile(r"layer_(\d{2,5})")
+
+
+def new_id() -> str:
+    """A fresh trace id: 20 lower-case hex digits, unguessable."""
+    return secrets.token_hex(10)
+
+
+def check_id(trace_id: str) -> str:
+    """Return the id unchanged, or raise LayerscopeError before anything is done with it."""
+    if not isinstance(trace_id, str) or not ID_PATTERN.fullmatch(trace_id):
+        raise LayerscopeError(f"{str(trace_id)[:80]!r} is not a trace id; ids are 8 to 64 characters of 0-9, a-z and _.")
+    return trace_id
+
+
+def site_path(site: str, layer: int | None) -> str:
+    """The dataset that holds one layer of a site.
+
+    >>> site_path("attn_pattern", 3), site_path("embed", None)
+    ('activations/layer_03/attn_pattern', 'embeddings/input_embeddings')
+    """
+    if not SITES[site].per_layer:
+        return _SPECIAL_PATHS[site]
+    return f"activations/layer_{layer:02d}/{site}"
+
+
+def stored_sites(file: h5py.File) -> dict[str, list[int]]:
+    """Site -> layers stored in the file ([] for a site without layers), in the order of the vocabulary."""
+    found: dict[str, list[int]] = {}
+    for group_name, group in file.get("activations", {}).items():
+        match = _LAYER_GROUP.fullmatch(group_name)
+        for site in group if match else ():
+            found.setdefault(site, []).append(int(match[1]))
+    for site, path in _SPECIAL_PATHS.items():
+        if path in file:
+            found[site] = []
+    return {site: sorted(found[site]) for site in SITES if site in found}
+
+
+def write_json(group: h5py.Group, name: str, value: Any) -> None:
+    """Store a JSON value as UTF-8 bytes: HDF5 strings end at a NUL, which token texts may hold."""
+    data = json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    dataset = group.create_dataset(name, data=np.frombuffer(data, dtype=np.uint8))
+    dataset.attrs["encoding"] = "json"
+
+
+def read_json(group: h5py.Group, name: str, default: Any = None) -> Any:
+    return json.loads(group[name][:].tobytes()) if name in group else default
+
+
+def chunk_shape(dims: tuple[str, ...], shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """One head of an attention map (in tiles when it is large), or a run of positions of everything else; about 1 MiB at most."""
+    if "q_pos" in dims:
+        return (1, min(shape[1], 512), min(shape[2], 1024))
+    row_bytes = itemsize * int(np.prod(shape[1:], dtype=np.int64))
+    return (max(1, min(shape[0], (1 << 20) // max(row_bytes, 1))), *shape[1:])

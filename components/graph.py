@@ -1,0 +1,42 @@
+"""graph(): the one way to put a Plotly figure on a page, and the tools that save it as PNG, SVG or CSV."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dash import dcc, html
+
+from components.card import full_screen_button
+
+# plotly 7 draws a "Share chart" button that uploads the figure to a cloud: showSendToCloud must stay False everywhere.
+GRAPH_CONFIG = {
+    "showSendToCloud": False,
+    "displaylogo": False,
+    "responsive": True,
+    "modeBarButtonsToRemove": ["toImage", "select2d", "lasso2d", "autoScale2d"],
+}
+
+_HIDDEN_AXIS = {"visible": False, "fixedrange": True}
+_WAITING = {"layout": {"xaxis": _HIDDEN_AXIS, "yaxis": _HIDDEN_AXIS, "paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)"}}
+
+
+def graph(id: str, height: int | str = 420, figure: Any = None, className: str = "") -> dcc.Graph:
+    """A graph of fixed height; until its figure arrives, and while it is computed, it shimmers (assets/layerscope.css)."""
+    return dcc.Graph(
+        id=id,
+        figure=_WAITING if figure is None else figure,
+        config=GRAPH_CONFIG,
+        responsive=True,
+        style={"height": height, "width": "100%"},
+        className=f"graph {className}".strip(),
+    )
+
+
+def graph_tools(id: str, export_name: str | None = None) -> list[Any]:
+    """The tools of a graph for `card(tools=...)`: PNG, SVG, CSV of its data, full screen. assets/graph_tools.js does the work."""
+    name = export_name or id
+    save = [
+        html.Button(kind.upper(), className="tool", title=f"Save as {kind.upper()}", **{"data-tool": kind, "data-graph": id, "data-name": name})
+        for kind in ("png", "svg", "csv")
+    ]
+    return [*save, full_screen_button()]

@@ -1,0 +1,161 @@
+"""Train the demo models from nothing: `python scripts/train_demo_models.py dense` and `... moe`, about half an hour each on two cores.
+
+Writes models/demo-dense and models/demo-moe: config.json, model.safetensors (float16), the tokenizer, and training.json with
+the settings and the time taken. `scripts/evaluate_demo_models.py` then measures them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from demo_text import TASKS, documents, held_out_items
+from demo_words import COUNTRIES, NAMES, NUMBERS, WORDS
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+
+MODELS = Path(__file__).resolve().parents[1] / "models"
+SEED = 0
+D_VOCAB = 2304
+BOS, EOS = 0, 1
+
+# Every row length is a multiple of 256, because K-quants quantize 256 weights of a row at a time.
+_SIZES: dict[str, Any] = {
+    "vocab_size": D_VOCAB,
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 1024,
+    "sliding_window": None,
+    "tie_word_embeddings": False,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+}
+
+
+def build_model(kind: str) -> MistralForCausalLM | MixtralForCausalLM:
+    """A model with random weights: "dense" (4.3 M parameters) or "moe" (8 experts, 2 used; 8.3 M parameters)."""
+    torch.manual_seed(SEED)
+    if kind == "dense":
+        return MistralForCausalLM(MistralConfig(**_SIZES, intermediate_size=768))
+    experts = {"num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.01}
+    return MixtralForCausalLM(MixtralConfig(**_SIZES, intermediate_size=256, **experts))
+
+
+def train_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE with GPT-2's pre-tokenizer, in which every word of `demo_words` is one token after a space."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    # Names begin sentences too, so they also get a token without the space.
+    openers = [country.name for country in COUNTRIES] + [country.capital for country in COUNTRIES] + NAMES
+    lexicon = [f" {word}" for word in [*WORDS, *NUMBERS]] + openers
+    texts = [text for _, text in itertools.islice(documents(SEED), 20_000)] + 100 * lexicon
+    trainer = trainers.BpeTrainer(
+        vocab_size=D_VOCAB, special_tokens=["<s>", "</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    split = [word for word in lexicon if len(tokenizer.encode(word).ids) != 1]
+    if split or tokenizer.get_vocab_size() != D_VOCAB:
+        raise SystemExit(f"{tokenizer.get_vocab_size()} tokens instead of {D_VOCAB}; not single tokens: {split}")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", BOS)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", model_max_length=1024)
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, tokens_per_batch: int) -> Iterator[torch.Tensor]:
+    """Yield token ids (rows, length + 1): packed documents in short rows, and every fourth time in rows of 256.
+
+    A twelfth of the rows are uniformly random tokens said twice, so that copying does not depend on which tokens they are.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    stream = documents(SEED + 1)
+    for step in itertools.count():
+        length = 256 if step % 4 == 3 else 96
+        rows = []
+        for number in range(tokens_per_batch // length):
+            if (number + step) % 12 == 0:
+                rows.append(_repeated_tokens(length + 1, generator))
+                continue
+            row: list[int] = []
+            while len(row) < length + 1:
+                row += tokenizer.encode(next(stream)[1]) + [EOS]
+            rows.append(torch.tensor(row[: length + 1]))
+        yield torch.stack(rows)
+
+
+def _repeated_tokens(length: int, generator: torch.Generator) -> torch.Tensor:
+    period = int(torch.randint(8, length // 2 + 1, (), generator=generator))
+    once = torch.randint(2, D_VOCAB, (period,), generator=generator)
+    return torch.cat([torch.tensor([BOS]), once.repeat(length // period + 1)])[:length]
+
+
+def learning_rate(step: int, steps: int, peak: float = 1.5e-3) -> float:
+    """Linear warm-up over 100 steps, then a cosine down to a twentieth of the peak."""
+    return peak * min(1.0, (step + 1) / 100) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+@torch.no_grad()
+def accuracy(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, task: str, n: int) -> float:
+    """Share of held-out items whose answer is the model's first choice."""
+    model.eval()
+    items = held_out_items(task, n)
+    right = 0
+    for item in items:
+        logits = model(torch.tensor([tokenizer.encode(item.prompt)])).logits  # (1, pos, d_vocab)
+        right += tokenizer.decode([int(logits[0, -1].argmax())]) == item.answer
+    model.train()
+    return right / len(items)
+
+
+def train(kind: str, steps: int, tokens_per_batch: int, out: Path) -> None:
+    started = time.monotonic()
+    tokenizer, model = train_tokenizer(), build_model(kind)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.95))
+    model.train()
+    for step, tokens in enumerate(itertools.islice(batches(tokenizer, tokens_per_batch), steps)):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = model(tokens[:, :-1].contiguous(), output_router_logits=True) if kind == "moe" else model(tokens[:, :-1].contiguous())
+        loss = torch.nn.functional.cross_entropy(output.logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+        if kind == "moe":
+            loss = loss + model.config.router_aux_loss_coef * output.aux_loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 50 == 0:
+            print(f"step {step}/{steps} loss {loss.item():.3f} {time.monotonic() - started:.0f} s", flush=True)
+        if step % 200 == 199 or step == steps - 1:
+            print("  held-out", {task: round(accuracy(model, tokenizer, task, 60), 3) for task in TASKS}, flush=True)
+            save(model, tokenizer, out, {"seed": SEED, "steps": step + 1, "of": steps, "tokens_per_batch": tokens_per_batch,
+                                         "seconds": round(time.monotonic() - started), "threads": torch.get_num_threads()})  # fmt: skip
+
+
+def save(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, out: Path, record: dict[str, Any]) -> None:
+    """Write the folder; the model goes on training in float32 while the file holds float16."""
+    half = {name: tensor.half() for name, tensor in model.state_dict().items()}
+    model.config.dtype = "float16"
+    model.save_pretrained(out, state_dict=half)
+    tokenizer.save_pretrained(out)
+    (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=("dense", "moe"))
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--tokens-per-batch", type=int, default=4608)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    train(arguments.kind, arguments.steps, arguments.tokens_per_batch, arguments.out or MODELS / f"demo-{arguments.kind}")
