@@ -165,7 +165,8 @@ def _distance_rows(pattern: Pattern, start: int) -> NDArray[np.float64]:
     """sum_k A[i, k] (i - k) of each row; NaN for row 0. (head, q)."""
     queries = start + np.arange(pattern.shape[1])
     keys = np.arange(pattern.shape[2])
-    mass, moment = pattern.sum(axis=-1, dtype=np.float64), pattern @ keys.astype(np.float64)
+    mass = pattern.sum(axis=-1, dtype=np.float64)
+    moment = np.stack([head.astype(np.float64) @ keys for head in pattern])
     values = mass * queries - moment
     values[:, queries == 0] = np.nan
     return values

@@ -1,0 +1,148 @@
+"""Layerscope's backend, and its public Python API: open_model, open_trace, open_weights.
+
+    from backend import open_model
+    model = open_model("demo-dense")
+    trace = model.trace("The capital of France is", sites=["resid_post", "attn_pattern"])
+    trace["attn_pattern", 3]            # float32 (head, q_pos, k_pos)
+
+It works without the server, the queue and Dash. Nothing heavy is imported before a model is opened.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from backend.engines import Engine
+    from backend.intervention import Intervention
+    from backend.library import Library
+    from backend.model_info import ModelInfo
+    from backend.trace import Trace
+    from backend.weights import Weights
+
+__all__ = ["Intervention", "Library", "Model", "Sampling", "open_model", "open_trace", "open_weights"]
+
+
+class Model:
+    """An opened model. Use as a context manager, or close() to free it."""
+
+    def __init__(self, engine: Engine, traces_dir: Path) -> None:
+        self.engine, self._traces_dir = engine, traces_dir
+
+    @property
+    def info(self) -> ModelInfo:
+        return self.engine.info
+
+    @property
+    def sites(self) -> list[str]:
+        """Names of the sites this model has, in the order of the vocabulary."""
+        from backend.sites import SITES
+
+        return [name for name in SITES if name in self.engine.sites]
+
+    def trace(self, prompt: str | None = None, *, tokens: Sequence[int] | None = None, sites: Sequence[str] | None = None,
+              layers: Sequence[int] | None = None, max_new_tokens: int = 0, interventions: Sequence[Intervention] = (),
+              category: str = "", tags: Sequence[str] = (), precision: Literal["float16", "float32"] = "float16",
+              out: str | Path | None = None, sampling: Any = None, progress: Any = None) -> Trace:  # fmt: skip
+        """Run a prompt (or token ids) and return its trace, published in the traces folder or in the folder `out`.
+
+        sites: names or aliases (None: the standard set); layers: which layers (None: all). precision "float32" stores every value as
+        computed. Raises LayerscopeError in one sentence for anything the caller can mend.
+        """
+        from backend.engines import Sampling
+        from backend.errors import LayerscopeError
+        from backend.experiments import no_progress
+        from backend.experiments.capture import CaptureSpec, capture
+        from backend.trace import Trace
+
+        if (prompt is None) == (tokens is None):
+            raise LayerscopeError("Give either a prompt or tokens.")
+        spec = CaptureSpec(
+            prompt=prompt or "",
+            token_ids=tuple(int(t) for t in tokens) if tokens is not None else None,
+            sites=tuple(sites) if sites is not None else None,
+            layers=tuple(layers) if layers is not None else None,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling or Sampling(),
+            interventions=tuple(interventions),
+            category=category,
+            tags=tuple(tags),
+            precision=precision,
+        )
+        return Trace(capture(self.engine, spec, Path(out) if out else self._traces_dir, progress=progress or no_progress))
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def open_model(source: str | Path, engine: str | None = None, device: str = "auto", n_gpu_layers: int | Literal["auto"] = "auto",
+               n_ctx: int | None = None, kv_cache: Literal["f16", "f32"] = "f16", dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto") -> Model:  # fmt: skip
+    """Load a model: a preset name, a .gguf file, a folder of safetensors, or a hub id that is in the local cache.
+
+    kv_cache "f32" is for exact comparisons of GGUF with HF. Raises LayerscopeError if the model cannot be found, read or fitted into memory.
+    """
+    from backend.engines import OpenOptions, open_engine
+    from backend.estimate import check_model_fits
+    from backend.model_files import describe
+
+    settings = _settings()
+    path = _shelf(settings).path_for(str(source))
+    info = describe(path)
+    check_model_fits(info, device)
+    options = OpenOptions(device=device, n_gpu_layers=n_gpu_layers, n_ctx=n_ctx, n_threads=settings.n_threads, kv_cache=kv_cache, dtype=dtype)
+    return Model(open_engine(path, options, engine), settings.traces_dir)
+
+
+def open_trace(path_or_id: str | Path) -> Trace:
+    """Open a trace by its file, or by its id in the traces folder. Raises LayerscopeError if there is none."""
+    from backend.trace import Trace
+    from backend.trace_layout import ID_PATTERN, SUFFIX
+
+    path = Path(path_or_id)
+    if not path.exists() and ID_PATTERN.fullmatch(str(path_or_id)):
+        path = _settings().traces_dir / f"{path_or_id}{SUFFIX}"
+    return Trace(path)
+
+
+def open_weights(source: str | Path) -> Weights:
+    """The weights of a model, by canonical name, read lazily: open_weights("model.gguf")["blocks.1.mlp.W_out"] is float32 (out, in)."""
+    from backend.weights import open_weights as open_files
+
+    return open_files(_shelf(_settings()).path_for(str(source)))
+
+
+def _settings() -> Any:
+    from config import load_settings
+
+    return load_settings()
+
+
+def _shelf(settings: Any) -> Any:
+    from backend.model_files import Shelf
+
+    return Shelf.from_settings(settings)
+
+
+def __getattr__(name: str) -> Any:
+    """Intervention, Sampling and Library, imported when first asked for."""
+    if name == "Intervention":
+        from backend.intervention import Intervention
+
+        return Intervention
+    if name == "Sampling":
+        from backend.engines import Sampling
+
+        return Sampling
+    if name == "Library":
+        from backend.library import Library
+
+        return Library
+    raise AttributeError(f"module 'backend' has no attribute {name!r}")

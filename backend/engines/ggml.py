@@ -1,0 +1,199 @@
+"""ggml through ctypes: what llama-cpp-python does not bind. The tensor struct, its bytes, and ggml's own dequantization.
+
+    Tensor                      struct ggml_tensor of the ggml inside llama-cpp-python 0.3.36
+    read(t), write(t, values)   a tensor's values through ggml_backend_tensor_get/set: right on every backend, CPU or GPU
+    dequantize(type, bytes, n)  ggml's to_float: the numbers that its kernels see
+    open_llama()                llama_cpp, its back end initialised and its log lines kept instead of printed
+
+Only libggml-base.so is loaded until open_llama() is called, so weights can be dequantized where llama.cpp never comes in.
+The struct is private to ggml: `check_layout` holds it against a live node, and an engine does so before it trusts one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+from collections import deque
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backend.errors import LayerscopeError
+
+F32, F16, I32 = 0, 1, 26
+_NUMPY_TYPES = {F32: np.dtype(np.float32), F16: np.dtype(np.float16), I32: np.dtype(np.int32)}
+_LOG_WARN, _LOG_ERROR, _LOG_CONTINUES = 3, 4, 5  # enum ggml_log_level
+
+
+class Tensor(ctypes.Structure):
+    """struct ggml_tensor. `ne` counts values along each axis and `nb` is the axis' stride in bytes, fastest axis first."""
+
+
+Tensor._fields_ = [
+    ("type", ctypes.c_int),
+    ("buffer", ctypes.c_void_p),
+    ("ne", ctypes.c_int64 * 4),
+    ("nb", ctypes.c_size_t * 4),
+    ("op", ctypes.c_int),
+    ("op_params", ctypes.c_int32 * 16),
+    ("flags", ctypes.c_int32),
+    ("src", ctypes.POINTER(Tensor) * 10),
+    ("view_src", ctypes.POINTER(Tensor)),
+    ("view_offs", ctypes.c_size_t),
+    ("data", ctypes.c_void_p),
+    ("name", ctypes.c_char * 64),
+    ("extra", ctypes.c_void_p),
+    ("padding", ctypes.c_char * 8),
+]
+
+NAME_OFFSET: int = Tensor.name.offset
+OP_OFFSET: int = Tensor.op.offset
+
+
+class _TypeTraits(ctypes.Structure):
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.c_void_p),
+        ("from_float_ref", ctypes.c_void_p),
+    )
+
+
+_TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+
+
+@functools.cache
+def _base() -> ctypes.CDLL:
+    """libggml-base of the installed wheel, found without importing llama_cpp."""
+    spec = importlib.util.find_spec("llama_cpp")
+    if spec is None or spec.origin is None:
+        raise LayerscopeError("llama-cpp-python is not installed, and GGUF models need it.")
+    folder = Path(spec.origin).parent / "lib"
+    found = [path for pattern in ("libggml-base.so", "libggml-base.dylib", "ggml-base.dll") for path in folder.glob(pattern)]
+    if not found:
+        raise LayerscopeError(f"llama-cpp-python at {folder} has no ggml-base library; install version 0.3.36.")
+    lib = ctypes.CDLL(str(found[0]))
+    for function in (lib.ggml_backend_tensor_get, lib.ggml_backend_tensor_set):
+        function.argtypes, function.restype = [ctypes.POINTER(Tensor), ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t], None
+    lib.ggml_op_name.argtypes, lib.ggml_op_name.restype = [ctypes.c_int], ctypes.c_char_p
+    lib.ggml_get_type_traits.argtypes, lib.ggml_get_type_traits.restype = [ctypes.c_int], ctypes.POINTER(_TypeTraits)
+    return lib
+
+
+def op_name(op: int) -> str:
+    """MUL_MAT, ROPE, SOFT_MAX, ... for an `op` read from a tensor."""
+    return _base().ggml_op_name(op).decode()
+
+
+def type_traits(type_id: int) -> tuple[str, int, int]:
+    """(name, values in a block, bytes of a block) as ggml states them; `type_id` is one of backend.ggml_types.GGML_TYPES."""
+    traits = _base().ggml_get_type_traits(type_id).contents
+    return traits.type_name.decode(), traits.blck_size, traits.type_size
+
+
+def row_size(type_id: int, n: int) -> int:
+    """Bytes of a row of `n` values; raises LayerscopeError when `n` does not fill whole blocks."""
+    name, block, n_bytes = type_traits(type_id)
+    if n % block:
+        raise LayerscopeError(f"A row of {n:,} values does not fill whole blocks of {block} {name} values.")
+    return n // block * n_bytes
+
+
+def dequantize(type_id: int, data: Any, n: int) -> NDArray[np.float32]:
+    """The `n` values stored in `data` (any contiguous buffer of exactly that many blocks), as float32 of shape (n,)."""
+    raw = np.frombuffer(data, np.uint8)
+    if raw.nbytes != (expected := row_size(type_id, n)):
+        raise LayerscopeError(f"{n:,} values of type {type_traits(type_id)[0]} take {expected:,} bytes, not {raw.nbytes:,}.")
+    if type_id == F32:  # ggml has no conversion of float32 to itself
+        return raw.view(np.float32).copy()
+    to_float = _base().ggml_get_type_traits(type_id).contents.to_float
+    if not to_float:
+        raise LayerscopeError(f"ggml cannot convert the type {type_traits(type_id)[0]} to float32.")
+    out = np.empty(n, np.float32)
+    _TO_FLOAT(to_float)(raw.ctypes.data, out.ctypes.data, n)
+    return out
+
+
+def read(tensor: Tensor) -> NDArray[Any]:
+    """A tensor's values as a strided NumPy array in NumPy's axis order (4 axes), over a private copy of its bytes.
+
+    The copy spans the tensor's strides, so that `write` can put a view back without touching what lies between.
+    """
+    dtype = _NUMPY_TYPES.get(tensor.type)
+    if dtype is None:
+        raise LayerscopeError(f"Node {tensor.name.decode()} holds {type_traits(tensor.type)[0]} values, which are not activations.")
+    shape, strides = tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]
+    span = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + dtype.itemsize
+    raw = np.empty(span, np.uint8)
+    _base().ggml_backend_tensor_get(ctypes.byref(tensor), raw.ctypes.data, 0, span)
+    return np.ndarray(shape, dtype, buffer=raw, strides=strides)
+
+
+def write(tensor: Tensor, values: NDArray[Any]) -> None:
+    """Put back an array that `read` gave, changed in place."""
+    raw = values.base
+    assert isinstance(raw, np.ndarray), "write takes the array that read returned"
+    _base().ggml_backend_tensor_set(ctypes.byref(tensor), raw.ctypes.data, 0, raw.nbytes)
+
+
+def scale_of_soft_max(tensor: Tensor) -> float:
+    """The factor that ggml_soft_max_ext multiplies its input with before it adds the mask: the first float of op_params."""
+    return float(np.frombuffer(tensor.op_params, np.float32, 1)[0])
+
+
+def check_layout(tensor: Tensor, name: str, width: int, n: int) -> None:
+    """Raise LayerscopeError unless a node that must be float32 (n, width) called `name` reads as just that."""
+    seen = (tensor.name.decode("utf-8", "replace"), tensor.type, tuple(tensor.ne), tuple(tensor.nb))
+    if seen != (name, F32, (width, n, 1, 1), (4, 4 * width, 4 * width * n, 4 * width * n)):
+        raise LayerscopeError(f"The installed llama-cpp-python has another tensor layout than 0.3.36: node {name!r} reads as {seen}.")
+
+
+class _Log:
+    """Keeps llama.cpp's latest warnings and errors; llama.cpp prints nothing of its own any more."""
+
+    def __init__(self) -> None:
+        self.lines: deque[tuple[int, str]] = deque(maxlen=20)
+
+    def __call__(self, level: int, text: bytes, _user_data: Any) -> None:
+        line = text.decode("utf-8", "replace").rstrip()
+        if level in (_LOG_WARN, _LOG_ERROR) and line:
+            self.lines.append((level, line))
+
+    def last_error(self) -> str:
+        errors = [line for level, line in self.lines if level == _LOG_ERROR]
+        return errors[-1] if errors else "llama.cpp gave no reason"
+
+
+_LOG = _Log()
+
+
+@functools.cache
+def open_llama() -> ModuleType:
+    """The llama_cpp bindings, initialised once per process, with the log callback kept for as long as the process lives."""
+    from llama_cpp import llama_cpp
+
+    callback = llama_cpp.llama_log_callback(_LOG)
+    _KEPT.append(callback)  # a collected callback is a crash at llama.cpp's next log line
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p())
+    llama_cpp.llama_backend_init()
+    return llama_cpp
+
+
+_KEPT: list[Any] = []
+
+
+def forget_errors() -> None:
+    _LOG.lines.clear()
+
+
+def first_error() -> str:
+    """The first error that llama.cpp logged since `forget_errors`: the cause; those after it are its consequences."""
+    errors = [line for level, line in _LOG.lines if level == _LOG_ERROR]
+    return errors[0] if errors else "llama.cpp gave no reason"

@@ -1,0 +1,260 @@
+"""The PyTorch engine: a Hugging Face folder, executed by transformers, with instruments attached for the length of a run.
+
+    hf_config     what the folder says, checked before transformers sees it
+    hf_sites      the table: architecture -> module paths of sites and weights
+    hf_taps       a run's edits and captures as hooks, which always come off
+    hf_attention  the attention function that shows scores, pattern and z
+    hf_tokenizer  text and ids
+
+A prompt longer than PIECE tokens runs in pieces over a key/value cache, as llama.cpp does with its micro-batches: memory for
+attention maps and logits grows with the piece, not with the square of the prompt. safetensors only; no remote code; no network.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backend.engines import OpenOptions, Piece, Request, Sampling, ShouldStop, Sink, check_request, never_stop
+from backend.engines.hf_sites import ARCHITECTURES
+from backend.engines.hf_taps import Tap, installed, to_numpy
+from backend.engines.hf_tokenizer import HfTokenizer, first_line
+from backend.engines.sampling import check_sampling, choose
+from backend.errors import LayerscopeError
+from backend.hf_config import CONFIG_LIMIT, model_info, read_json
+from backend.intervention import Intervention
+from backend.sites import SITES
+
+if TYPE_CHECKING:
+    import torch
+
+PIECE = 512  # tokens
+DEFAULT_CONTEXT = 8192  # tokens; more only when asked for
+
+
+class HfEngine:
+    """One loaded model of a Hugging Face folder; see backend.engines.Engine for what each method promises."""
+
+    def __init__(self, path: Path, options: OpenOptions = OpenOptions()) -> None:
+        import torch
+        import transformers
+
+        info = model_info(path)
+        self._tokenizer = HfTokenizer(path)
+        self.device = _device(options.device)
+        if options.n_threads:
+            torch.set_num_threads(options.n_threads)
+        self._row = ARCHITECTURES[info.architecture]
+        self._model = _load(path, self.device, _dtype(options.dtype, self.device))
+        bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
+        self.info = replace(
+            info,
+            bos_id=info.bos_id if bos is None else bos,
+            eos_id=info.eos_id if eos is None else eos,
+            add_bos=self._tokenizer.adds_bos,
+        )
+        self._eos_ids = _eos_ids(path) | ({self.info.eos_id} if self.info.eos_id is not None else set())
+        self.n_ctx = min(options.n_ctx or DEFAULT_CONTEXT, info.n_ctx)
+        self.sites = self._row.sites
+        dtype = str(self._model.dtype).removeprefix("torch.")
+        self.version = f"transformers {transformers.__version__}, torch {torch.__version__}, {self.device}, {dtype}"
+
+    def tokenize(self, text: str, add_bos: bool | None = None) -> list[int]:
+        """Token ids; special tokens in `text` are plain text. add_bos None: as the tokenizer does by itself."""
+        return self._tokenizer.tokenize(text, add_bos)
+
+    def token_texts(self, ids: list[int]) -> list[str]:
+        """The text of each token as it stands alone; [id] where the folder has no tokenizer."""
+        return self._tokenizer.token_texts(ids)
+
+    def detokenize(self, ids: list[int]) -> str:
+        """The text of the ids together, special tokens left out."""
+        return self._tokenizer.detokenize(ids)
+
+    def run(self, ids: list[int], request: Request, sink: Sink, edits: tuple[Intervention, ...] = (), should_stop: ShouldStop = never_stop) -> None:
+        """One forward pass over `ids`; see Engine.run.
+
+        Pieces hold at most PIECE positions. An edit whose meaning spans positions (a mean over them, noise, an array with a
+        position axis, an attention map) makes the prompt run whole.
+        """
+        check_request(self.info, self.sites, request, ids, self.n_ctx)
+        self._check_edits(edits, len(ids))
+        tap = Tap(self.info, request, sink, edits, should_stop, len(ids))
+        with _no_grad(), installed(self._model, self._row, tap):
+            self._prefill(ids, tap, cache=None if len(ids) <= _piece(edits, ids) else self._cache(), size=_piece(edits, ids))
+
+    def generate(self, ids: list[int], n: int, sampling: Sampling, on_token: Callable[[int], None] | None = None,
+                 edits: tuple[Intervention, ...] = (), should_stop: ShouldStop = never_stop) -> list[int]:  # fmt: skip
+        """Up to n new tokens; see Engine.generate.
+
+        Positions of edits are absolute; negative ones count from the end of the prompt. An edit without positions holds for new
+        tokens too. Raises LayerscopeError when prompt and new tokens together exceed the context.
+        """
+        check_request(self.info, self.sites, Request(()), ids, self.n_ctx)
+        if len(ids) + n > self.n_ctx:
+            raise LayerscopeError(f"A prompt of {len(ids):,} tokens and {n:,} new ones are more than the {self.n_ctx:,} of the context.")
+        check_sampling(sampling)
+        self._check_edits(edits, len(ids))
+        tap, cache, rng = Tap(self.info, Request(()), _no_sink, edits, should_stop, len(ids)), self._cache(), np.random.default_rng(sampling.seed)
+        new: list[int] = []
+        with _no_grad(), installed(self._model, self._row, tap):
+            logits = self._prefill(ids, tap, cache, _piece(edits, ids))
+            while len(new) < n:
+                new.append(choose(logits, sampling, rng))
+                if on_token:
+                    on_token(new[-1])
+                if new[-1] in self._eos_ids or len(new) == n:
+                    break
+                logits = self._step(new[-1:], tap, cache, start=len(ids) + len(new) - 1)
+        return new
+
+    def unembed(self, resid: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Final norm, then W_U: resid (..., d_model) -> logits (..., d_vocab)."""
+        import torch
+
+        norm, unembed = self._model.get_submodule(self._row.final_norm), self._model.get_submodule(self._row.unembed)
+        rows = np.ascontiguousarray(resid, dtype=np.float32).reshape(-1, resid.shape[-1])
+        with _no_grad():
+            # The pieces of a run, so that the last layer's lens and the model's own logits agree to the bit.
+            pieces = [torch.from_numpy(rows[i : i + PIECE]).to(self.device, self._model.dtype) for i in range(0, len(rows), PIECE)]
+            logits = [to_numpy(unembed(norm(piece[None]))[0]) for piece in pieces]
+        return np.concatenate(logits).reshape(*resid.shape[:-1], -1)
+
+    def weight(self, name: str) -> NDArray[np.float32]:
+        """A weight by its canonical name, a float32 copy, (out, in); experts (expert, out, in). Raises LayerscopeError."""
+        block, _, rest = name.removeprefix("blocks.").partition(".") if name.startswith("blocks.") else ("", "", "")
+        entry = self._row.weights.get(f"blocks.{{}}.{rest}" if rest else name)
+        if entry is None or (rest and not (block.isdecimal() and int(block) < self.info.n_layers)):
+            raise LayerscopeError(f"{self.info.name} has no weight {name[:80]!r}.")
+        module, _, parameter = entry.parameter.format(block).rpartition(".")
+        tensor = getattr(self._model.get_submodule(module), parameter, None)
+        if tensor is None:
+            raise LayerscopeError(f"{self.info.name} has no weight {name[:80]!r}.")
+        if entry.half is not None:
+            tensor = tensor.chunk(2, dim=-2)[entry.half]
+        return to_numpy(tensor).copy()
+
+    def close(self) -> None:
+        """Free the model and, on a GPU, the memory that PyTorch keeps for reuse."""
+        import torch
+
+        self._model = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _check_edits(self, edits: tuple[Intervention, ...], n_tokens: int) -> None:
+        for edit in edits:
+            edit.check(self.info, n_tokens)
+            if edit.site not in self.sites and edit.site != "resid_pre":
+                raise LayerscopeError(f"{self.info.name} ({self.info.architecture}) has no site {edit.site!r} to edit.")
+
+    def _cache(self) -> Any:
+        """A cache of every key: a sliding-window cache drops keys, and then positions would shift under edits and captures."""
+        from transformers import DynamicCache
+
+        return DynamicCache()
+
+    def _prefill(self, ids: list[int], tap: Tap, cache: Any, size: int) -> NDArray[np.float32]:
+        """Run the prompt in pieces of `size` tokens; returns the last position's logits (d_vocab,)."""
+        for start in range(0, len(ids), size):
+            logits = self._step(ids[start : start + size], tap, cache, start)
+        return logits
+
+    def _step(self, ids: list[int], tap: Tap, cache: Any, start: int) -> NDArray[np.float32]:
+        """One forward pass over the tokens at positions `start` and on; returns the last one's logits (d_vocab,)."""
+        import torch
+
+        tap.start = start
+        output = self._model(
+            input_ids=torch.tensor([ids], device=self.device),
+            past_key_values=cache,
+            use_cache=cache is not None,
+            logits_to_keep=0 if tap.touches("logits", None) else 1,
+        )
+        return np.asarray(to_numpy(output.logits[0, -1]))
+
+
+def _piece(edits: tuple[Intervention, ...], ids: list[int]) -> int:
+    return len(ids) if any(_spans_positions(edit) for edit in edits) else PIECE
+
+
+def _spans_positions(edit: Intervention) -> bool:
+    """Whether an edit means something else when the prompt arrives in pieces."""
+    site, shape = SITES[edit.site], np.shape(edit.value)
+    if site.is_attention_map or edit.op == "noise" or (edit.op == "mean" and edit.value is None):
+        return True
+    from_right = len(site.dims) - site.dims.index("pos")
+    return len(shape) >= from_right and shape[-from_right] != 1
+
+
+def _no_sink(piece: Piece) -> None:
+    raise AssertionError(f"generation captured {piece.site}, though it asks for nothing")
+
+
+def _no_grad() -> Any:
+    import torch
+
+    return torch.no_grad()
+
+
+def _load(path: Path, device: torch.device, dtype: torch.dtype | str) -> Any:
+    """The model in memory, every tensor accounted for: transformers fills a missing one with random numbers and goes on."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    from backend.engines.hf_attention import NAME, register
+
+    register()
+    logging.disable_progress_bar()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=NAME, experts_implementation="eager", use_safetensors=True, local_files_only=True,
+            trust_remote_code=False, output_loading_info=True,
+        )  # fmt: skip
+    except Exception as error:  # transformers and safetensors raise what they like on a damaged folder; the cause is kept
+        raise LayerscopeError(f"{path.name} cannot be loaded: {first_line(error)}.") from error
+    model, report = loaded
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if report[what]:
+            names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report[what])
+            raise LayerscopeError(f"{path.name} does not fit its config.json: {len(names)} {what.removesuffix('_keys')} tensors, the first {names[0]}.")
+    return model.to(device).eval()
+
+
+def _device(name: str) -> torch.device:
+    """auto: the GPU where there is one. Raises LayerscopeError for a device that this machine lacks."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise LayerscopeError(f"There is no device {name[:40]!r} here: {first_line(error)}.") from error
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype | str:
+    import torch
+
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    return {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
+
+
+def _eos_ids(path: Path) -> set[int]:
+    """Every end-of-sequence id: a chat model's generation_config.json may name more of them than its tokenizer."""
+    ids: set[int] = set()
+    for file in ("config.json", "generation_config.json"):
+        if (path / file).is_file():
+            value = read_json(path / file, CONFIG_LIMIT).get("eos_token_id")
+            ids |= {i for i in (value if isinstance(value, list) else [value]) if type(i) is int}
+    return ids

@@ -1,0 +1,62 @@
+"""The token strip: the sequence as the spine of every view of a trace. Colour is the chosen metric, the frame the chosen position.
+
+The server renders the tokens once with every metric in CSS variables; assets/token_strip.js holds the one listener for the whole
+strip (clicks, arrow keys, hover) and writes the position into the store `position`. A callback for each token would take 4 times
+as long at a thousand tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from dash import html
+
+from backend.trace import Trace
+from components.token_label import token_label
+
+METRICS = {"surprise": "surprise, nats", "entropy": "entropy, nats", "none": "no colour"}
+
+# Nats at which the colour is full: a surprise of 8 is a probability of 1 in 3,000. The same scale in every trace, so strips compare.
+FULL_SCALE = {"surprise": 8.0, "entropy": 6.0}
+
+
+def token_strip(trace: Trace, position: int) -> html.Div:
+    """The sticky strip. Surprise is -log p of the token given those before it; entropy is that of the prediction made at the token."""
+    surprise, entropy = surprises(trace), trace.entropy
+    tokens = [_token(trace, at, at == position, float(surprise[at]), float(entropy[at])) for at in range(trace.n_tokens)]
+    menu = html.Select(
+        [html.Option(words, value=name) for name, words in METRICS.items()], id="strip-metric", className="strip-metric", title="Metric that colours the tokens"
+    )
+    strip = html.Div(
+        tokens,
+        id="token-strip",
+        className="strip-tokens",
+        role="listbox",
+        tabIndex=0,
+        **{"data-metric": "surprise", "aria-label": "Tokens; the arrow keys choose a position"},
+    )
+    return html.Div([menu, strip], className="strip")
+
+
+def surprises(trace: Trace) -> np.ndarray:
+    """(pos,) -log p, nats, of each token given those before it; NaN at position 0, which nothing predicts."""
+    return np.concatenate([[np.nan], -trace.next_logprobs[:-1]])
+
+
+def _token(trace: Trace, at: int, chosen: bool, surprise: float, entropy: float) -> html.Span:
+    classes = ["tok", "chosen" if chosen else "", "generated" if at >= trace.n_prompt else "", "first-generated" if at == trace.n_prompt else ""]
+    data: dict[str, Any] = {
+        "data-pos": at,
+        "data-id": trace.token_ids[at],
+        "data-surprise": "" if np.isnan(surprise) else f"{surprise:.3f}",
+        "data-entropy": "" if np.isnan(entropy) else f"{entropy:.3f}",
+        "aria-selected": "true" if chosen else "false",
+    }
+    style = {"--surprise": _level(surprise, "surprise"), "--entropy": _level(entropy, "entropy")}
+    label = token_label(trace.token_texts[at], at in trace.special)
+    return html.Span(label, className=" ".join(filter(None, classes)), style=style, role="option", **data)
+
+
+def _level(value: float, metric: str) -> str:
+    return "0%" if np.isnan(value) else f"{100 * min(max(value / FULL_SCALE[metric], 0.0), 1.0):.0f}%"

@@ -1,0 +1,103 @@
+"""Logits, divergences and lens rows against scipy and against identities that define them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import special, stats
+
+from backend.analysis import divergence, lens, logits
+
+RNG = np.random.default_rng(0)
+VALUES = RNG.normal(size=(6, 40)).astype(np.float32) * 5
+OTHER = RNG.normal(size=(6, 40)).astype(np.float32) * 5
+IDS = RNG.integers(0, 40, 6)
+
+
+def test_log_softmax_and_logsumexp_agree_with_scipy_even_at_large_logits():
+    big = VALUES + 1e4
+    np.testing.assert_allclose(logits.log_softmax(big), special.log_softmax(big.astype(np.float64), axis=-1), atol=1e-10)
+    np.testing.assert_allclose(logits.logsumexp(big), special.logsumexp(big.astype(np.float64), axis=-1), rtol=1e-14)
+
+
+def test_a_vocabulary_larger_than_a_block_gives_the_same_numbers():
+    wide = RNG.normal(size=(70, 50_000)).astype(np.float32)
+    np.testing.assert_allclose(logits.logsumexp(wide), special.logsumexp(wide.astype(np.float64), axis=-1), rtol=1e-12)
+
+
+def test_top_k_is_best_first_with_true_probabilities():
+    ids, logprobs = logits.top_k(VALUES, 5)
+    np.testing.assert_array_equal(ids, np.argsort(-VALUES, axis=-1, kind="stable")[:, :5])
+    np.testing.assert_allclose(logprobs, np.take_along_axis(special.log_softmax(VALUES.astype(np.float64), -1), ids, -1), atol=1e-6)
+
+
+def test_equal_logits_stand_in_the_order_of_their_ids():
+    ids, _ = logits.top_k(np.array([[1.0, 3.0, 3.0, 0.0, 3.0]]), 2)
+    assert ids.tolist() == [[1, 2]]
+    assert logits.rank_of(np.array([[1.0, 3.0, 3.0, 0.0, 3.0]]), [4]).tolist() == [2]
+
+
+def test_k_larger_than_the_vocabulary_gives_the_whole_vocabulary():
+    assert logits.top_k(VALUES, 99)[0].shape == (6, 40)
+
+
+def test_entropy_agrees_with_scipy_and_masked_tokens_add_nothing():
+    np.testing.assert_allclose(logits.entropy(VALUES), stats.entropy(special.softmax(VALUES.astype(np.float64), -1), axis=-1), atol=1e-6)
+    assert logits.entropy(np.array([[0.0, 0.0, -np.inf]]))[0] == pytest.approx(np.log(2))
+
+
+def test_the_next_token_s_logprob_is_that_of_the_token_that_follows():
+    found = logits.next_token_logprobs(VALUES, IDS)
+    assert np.isnan(found[-1])
+    assert found[2] == pytest.approx(special.log_softmax(VALUES[2].astype(np.float64))[IDS[3]], abs=1e-6)
+
+
+def test_rank_zero_is_the_best_token():
+    ids, _ = logits.top_k(VALUES, 40)
+    for place in (0, 1, 7, 39):
+        assert (logits.rank_of(VALUES, ids[:, place]) == place).all()
+
+
+def test_kl_js_and_total_variation_agree_with_scipy():
+    p_log, q_log = logits.log_softmax(VALUES), logits.log_softmax(OTHER)
+    p, q = np.exp(p_log), np.exp(q_log)
+    np.testing.assert_allclose(divergence.kl(p_log, q_log), special.rel_entr(p, q).sum(-1), rtol=1e-9)
+    middle = (p + q) / 2
+    oracle = (special.rel_entr(p, middle).sum(-1) + special.rel_entr(q, middle).sum(-1)) / 2
+    np.testing.assert_allclose(divergence.js(p_log, q_log), oracle, rtol=1e-9)
+    np.testing.assert_allclose(divergence.js(p_log, q_log), divergence.js(q_log, p_log), rtol=1e-9)
+    np.testing.assert_allclose(divergence.total_variation(p_log, q_log), np.abs(p - q).sum(-1) / 2)
+
+
+def test_kl_is_not_symmetric_and_infinite_where_the_other_says_never():
+    with np.errstate(divide="ignore"):
+        p, q = np.log([0.5, 0.5, 0.0]), np.log([1.0, 0.0, 0.0])
+    assert divergence.kl(q, p) == pytest.approx(np.log(2))
+    assert divergence.kl(p, q) == np.inf
+
+
+def test_divergences_have_their_known_limits_on_distributions_that_share_nothing():
+    with np.errstate(divide="ignore"):
+        p, q = np.log([1.0, 0.0]), np.log([0.0, 1.0])
+    assert divergence.js(p, q) == pytest.approx(np.log(2))
+    assert divergence.total_variation(p, q) == 1
+
+
+def test_the_lens_of_the_last_layer_is_the_model_itself():
+    row = lens.lens_row(VALUES, VALUES, IDS, k=3)
+    assert np.abs(row["kl"]).max() == 0
+    np.testing.assert_array_equal(row["top_ids"], logits.top_k(VALUES, 3)[0])
+    np.testing.assert_array_equal(row["next_logprob"], logits.next_token_logprobs(VALUES, IDS))
+
+
+def test_a_lens_row_measures_the_model_against_the_row_and_not_the_reverse():
+    row = lens.lens_row(OTHER, VALUES, IDS)
+    np.testing.assert_allclose(row["kl"], divergence.kl(logits.log_softmax(VALUES), logits.log_softmax(OTHER)), rtol=1e-6)
+    assert row["next_rank"][-1] == -1
+    assert row["next_rank"][0] == (OTHER[0] > OTHER[0, IDS[1]]).sum()
+
+
+def test_the_target_of_a_lens_is_followed_at_every_position():
+    logprobs, ranks = lens.target_row(VALUES, 11)
+    np.testing.assert_allclose(logprobs, logits.log_softmax(VALUES)[:, 11], atol=1e-6)
+    np.testing.assert_array_equal(ranks, (VALUES > VALUES[:, [11]]).sum(-1))

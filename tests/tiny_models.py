@@ -1,0 +1,74 @@
+"""Tiny random models for the tests: real architectures, every size different, every parameter away from its default.
+
+Sizes that coincide, gains of 1 and biases of 0 hide mistakes (a transposed matrix, a forgotten gain), so none are left. The
+weights are large enough that attention is far from uniform. Each model comes as a Hugging Face folder in float32 with a
+byte-level tokenizer, and, made on first use, as an F32 GGUF file of the same weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+N_TOKENS = 320  # 2 special tokens, 256 bytes, and merges
+
+_COMMON = {
+    "vocab_size": N_TOKENS, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 1024, "bos_token_id": 0, "eos_token_id": 1, "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+@dataclass
+class TinyModel:
+    """One model in both formats. `hf`: the folder; `gguf`: the F32 file, written when first asked for."""
+
+    hf: Path
+
+    @cached_property
+    def gguf(self) -> Path:
+        from backend.gguf_writer import write_gguf
+
+        out = self.hf.with_name(f"{self.hf.name}-f32.gguf")
+        write_gguf(self.hf, out, ftype="f32")
+        return out
+
+
+def save_tiny(kind: str, folder: Path, **changes: Any) -> TinyModel:
+    """A random model of `kind` (llama with attention biases, mistral with d_head != d_model / n_heads, or mixtral) in `folder`."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, MixtralConfig
+
+    configs: dict[str, Any] = {
+        "llama": lambda **kw: LlamaConfig(intermediate_size=96, attention_bias=True, **kw),
+        "mistral": lambda **kw: MistralConfig(intermediate_size=112, **{"head_dim": 24, "sliding_window": None, **kw}),
+        "mixtral": lambda **kw: MixtralConfig(intermediate_size=48, num_local_experts=5, num_experts_per_tok=2, sliding_window=None, **kw),
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(sum(kind.encode()))
+        model = AutoModelForCausalLM.from_config(configs[kind](**{**_COMMON, **changes}), dtype=torch.float32)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.normal_(std=1.4 * parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3)
+                if name.endswith("norm.weight"):
+                    parameter.add_(1.0)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return TinyModel(folder)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """A byte-level BPE tokenizer of N_TOKENS tokens that puts <s> first, as the demo models' does."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    text = ["The capital of France is Paris and the capital of Italy is Rome. Mary gave the book to John, John gave the key to Mary."]
+    specials = ["<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=N_TOKENS, special_tokens=specials, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer.train_from_iterator(text, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
