@@ -37,6 +37,7 @@ _RESID = ("pos", "d_model")
 _HEAD, _KV = ("pos", "head", "d_head"), ("pos", "kv_head", "d_head")
 _MAP = ("head", "q_pos", "k_pos")
 
+# fmt: off
 _TABLE = (
     Site("embed", _RESID, "Token embeddings as they enter block 0.", "hook_embed", ("embd", "inp_scaled", "inpL"), per_layer=False),
     Site("resid_pre", _RESID, "Residual stream that enters the block.", "hook_resid_pre", derived=True),
@@ -55,16 +56,19 @@ _TABLE = (
     Site("ln2_out", _RESID, "Output of the norm before the MLP, gain included.", "ln2.hook_out", ("ffn_norm",)),
     Site("mlp_pre", ("pos", "d_mlp"), "MLP hidden values before the activation function (the gate).", "mlp.hook_pre", ("ffn_gate",)),
     Site("mlp_pre_linear", ("pos", "d_mlp"), "The linear half of a gated MLP.", "mlp.hook_pre_linear", ("ffn_up",)),
-    Site("mlp_post", ("pos", "d_mlp"), "MLP hidden values that enter W_out.", "mlp.hook_post", ("ffn_swiglu", "ffn_geglu", "ffn_silu", "ffn_gelu", "ffn_gate_par")),
+    Site("mlp_post", ("pos", "d_mlp"), "MLP hidden values that enter W_out.", "mlp.hook_post",
+         ("ffn_swiglu", "ffn_geglu", "ffn_silu", "ffn_gelu", "ffn_gate_par")),
     Site("mlp_out", _RESID, "What the MLP (or the experts together) adds to the residual stream.", "hook_mlp_out", ("ffn_out", "ffn_moe_out")),
     Site("resid_post", _RESID, "Residual stream that leaves the block.", "hook_resid_post", ("l_out",)),
     Site("router_logits", ("pos", "expert"), "Router scores before the softmax.", "mlp.hook_router_scores", ("ffn_moe_logits",), moe=True),
     Site("router_probs", ("pos", "expert"), "Router probabilities over all experts.", "mlp.hook_router_probs", ("ffn_moe_probs",), moe=True),
     Site("expert_indices", ("pos", "k"), "Experts chosen for each token, best first.", "mlp.hook_expert_indices", ("ffn_moe_topk",), dtype="int", moe=True),
-    Site("expert_weights", ("pos", "k"), "Weights that the chosen experts' outputs are summed with.", "mlp.hook_expert_weights", ("ffn_moe_weights", "ffn_moe_weights_norm"), moe=True),
+    Site("expert_weights", ("pos", "k"), "Weights that the chosen experts' outputs are summed with.", "mlp.hook_expert_weights",
+         ("ffn_moe_weights", "ffn_moe_weights_norm"), moe=True),
     Site("ln_final_out", _RESID, "Output of the final norm, gain included.", "ln_final.hook_out", ("result_norm",), per_layer=False),
     Site("logits", ("pos", "d_vocab"), "Next-token logits.", "unembed.hook_out", ("result_output",), per_layer=False),
 )
+# fmt: on
 
 SITES: dict[str, Site] = {site.name: site for site in _TABLE}
 

@@ -44,10 +44,16 @@ _SIZES: dict[str, Any] = {
 def build_model(kind: str) -> MistralForCausalLM | MixtralForCausalLM:
     """A model with random weights: "dense" (4.3 M parameters) or "moe" (8 experts, 2 used; 8.3 M parameters)."""
     torch.manual_seed(SEED)
+    model: MistralForCausalLM | MixtralForCausalLM
     if kind == "dense":
-        return MistralForCausalLM(MistralConfig(**_SIZES, intermediate_size=768))
-    experts = {"num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.01}
-    return MixtralForCausalLM(MixtralConfig(**_SIZES, intermediate_size=256, **experts))
+        model = MistralForCausalLM(MistralConfig(**_SIZES, intermediate_size=768))
+    else:
+        experts = {"num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.01}
+        model = MixtralForCausalLM(MixtralConfig(**_SIZES, intermediate_size=256, **experts))
+    # W_U starts as W_E (both then learn apart): a head can copy any token from the first step on, so induction forms in minutes.
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+    return model
 
 
 def train_tokenizer() -> PreTrainedTokenizerFast:
@@ -70,34 +76,51 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", model_max_length=1024)
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, tokens_per_batch: int) -> Iterator[torch.Tensor]:
-    """Yield token ids (rows, length + 1): packed documents in short rows, and every fourth time in rows of 256.
+def batches(tokenizer: PreTrainedTokenizerFast, tokens_per_batch: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield token ids (rows, length + 1) and which of them count in the loss (rows, length + 1): packed documents in short rows, and
+    every fourth time in rows of 256.
 
-    A twelfth of the rows are uniformly random tokens said twice, so that copying does not depend on which tokens they are.
+    A twelfth of the rows are uniformly random tokens said twice, so that copying does not depend on which tokens they are. Random
+    words count only where they repeat: nothing could predict them the first time, and their noise would drown the rest.
     """
     generator = torch.Generator().manual_seed(SEED)
     stream = documents(SEED + 1)
     for step in itertools.count():
         length = 256 if step % 4 == 3 else 96
-        rows = []
+        rows, masks = [], []
         for number in range(tokens_per_batch // length):
-            if (number + step) % 12 == 0:
-                rows.append(_repeated_tokens(length + 1, generator))
-                continue
             row: list[int] = []
+            mask: list[bool] = []
+            if (number + step) % 12 == 0:
+                row = _repeated_tokens(length + 1, generator)
+                mask = _said_before(row)
             while len(row) < length + 1:
-                row += tokenizer.encode(next(stream)[1]) + [EOS]
-            rows.append(torch.tensor(row[: length + 1]))
-        yield torch.stack(rows)
+                category, text = next(stream)
+                ids = tokenizer.encode(text) + [EOS]
+                row += ids
+                mask += _said_before(ids) if category == "repetition" else [True] * len(ids)
+            rows.append(row[: length + 1])
+            masks.append(mask[: length + 1])
+        yield torch.tensor(rows), torch.tensor(masks)
 
 
-def _repeated_tokens(length: int, generator: torch.Generator) -> torch.Tensor:
+def _said_before(ids: list[int]) -> list[bool]:
+    """For each token, whether it and the one before it stood side by side earlier in the text."""
+    seen: set[tuple[int, int]] = set()
+    out = [False]
+    for pair in itertools.pairwise(ids):
+        out.append(pair in seen)
+        seen.add(pair)
+    return out
+
+
+def _repeated_tokens(length: int, generator: torch.Generator) -> list[int]:
     period = int(torch.randint(8, length // 2 + 1, (), generator=generator))
-    once = torch.randint(2, D_VOCAB, (period,), generator=generator)
-    return torch.cat([torch.tensor([BOS]), once.repeat(length // period + 1)])[:length]
+    once = torch.randint(2, D_VOCAB, (period,), generator=generator).tolist()
+    return ([BOS] + once * (length // period + 1))[:length]
 
 
-def learning_rate(step: int, steps: int, peak: float = 1.5e-3) -> float:
+def learning_rate(step: int, steps: int, peak: float = 2e-3) -> float:
     """Linear warm-up over 100 steps, then a cosine down to a twentieth of the peak."""
     return peak * min(1.0, (step + 1) / 100) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
 
@@ -120,12 +143,13 @@ def train(kind: str, steps: int, tokens_per_batch: int, out: Path) -> None:
     tokenizer, model = train_tokenizer(), build_model(kind)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01, betas=(0.9, 0.95))
     model.train()
-    for step, tokens in enumerate(itertools.islice(batches(tokenizer, tokens_per_batch), steps)):
+    for step, (tokens, counts) in enumerate(itertools.islice(batches(tokenizer, tokens_per_batch), steps)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             output = model(tokens[:, :-1].contiguous(), output_router_logits=True) if kind == "moe" else model(tokens[:, :-1].contiguous())
-        loss = torch.nn.functional.cross_entropy(output.logits.float().flatten(0, 1), tokens[:, 1:].flatten())
+        each = torch.nn.functional.cross_entropy(output.logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+        loss = each[counts[:, 1:].flatten()].mean()
         if kind == "moe":
             loss = loss + model.config.router_aux_loss_coef * output.aux_loss
         optimizer.zero_grad()
@@ -134,7 +158,7 @@ def train(kind: str, steps: int, tokens_per_batch: int, out: Path) -> None:
         optimizer.step()
         if step % 50 == 0:
             print(f"step {step}/{steps} loss {loss.item():.3f} {time.monotonic() - started:.0f} s", flush=True)
-        if step % 200 == 199 or step == steps - 1:
+        if step % 100 == 99 or step == steps - 1:
             print("  held-out", {task: round(accuracy(model, tokenizer, task, 60), 3) for task in TASKS}, flush=True)
             save(model, tokenizer, out, {"seed": SEED, "steps": step + 1, "of": steps, "tokens_per_batch": tokens_per_batch,
                                          "seconds": round(time.monotonic() - started), "threads": torch.get_num_threads()})  # fmt: skip

@@ -28,3 +28,14 @@ for name in $names; do
     cp "$modules/lucide-static/icons/$name.svg" "$out/icons/"
     echo ".icon-$name { --icon: url(/assets/vendor/icons/$name.svg); }" >>assets/icons.css
 done
+
+# The @font-face rules of the ranges above, with their paths.
+{
+    echo "/* Written by scripts/vendor_assets.sh. */"
+    cat "$modules/@fontsource-variable/inter/wght.css" "$modules/@fontsource-variable/jetbrains-mono/wght.css" |
+        python3 -c 'import re, sys
+for face in re.findall(r"@font-face \{.*?\}", sys.stdin.read(), re.S):
+    name = re.search(r"files/([a-z-]+-(latin-ext|latin|cyrillic|greek)-wght-normal\.woff2)", face)
+    if name and "cyrillic-ext" not in name[1] and "greek-ext" not in name[1]:
+        print(re.sub(r"url\(.*?\)", f"url(/assets/vendor/fonts/{name[1]})", face))'
+} >assets/fonts.css

@@ -24,10 +24,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from backend.model_info import ModelInfo
 
 Array = NDArray[Any]
 Place = tuple[str, int | None]
@@ -63,21 +65,6 @@ _IGNORED_INFINITE = ("attn_scores",)  # masked scores are -inf by definition
 _SINKS = ("gpt-oss", "gpt_oss", "openai-moe")
 _NORM_AFTER_W_O = ("gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma4", "olmo2", "olmo3", "glm4")
 _GROUPED_OR_BIASED_ROUTER = ("deepseek2", "deepseek_v2", "deepseek_v3", "glm4_moe", "glm4moe", "llama4", "llama4_text", "gpt_oss", "gpt-oss")
-
-
-class ModelFacts(Protocol):
-    """What is read of a model; `backend.model_info.ModelInfo` has it."""
-
-    @property
-    def architecture(self) -> str: ...
-    @property
-    def engine(self) -> str: ...
-    @property
-    def quantization(self) -> str: ...
-    @property
-    def n_layers(self) -> int: ...
-    @property
-    def is_moe(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -120,7 +107,7 @@ class Identities:
 
     def __init__(
         self,
-        info: ModelFacts,
+        info: ModelInfo,
         weight: Callable[[str], Array | None] | None = None,
         unembed: Callable[[Array], Array] | None = None,
         edited: Collection[Place] = (),

@@ -14,7 +14,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
-from collections import deque
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,7 +25,7 @@ from backend.errors import LayerscopeError
 
 F32, F16, I32 = 0, 1, 26
 _NUMPY_TYPES = {F32: np.dtype(np.float32), F16: np.dtype(np.float16), I32: np.dtype(np.int32)}
-_LOG_WARN, _LOG_ERROR, _LOG_CONTINUES = 3, 4, 5  # enum ggml_log_level
+_LOG_ERROR = 4  # enum ggml_log_level
 
 
 class Tensor(ctypes.Structure):
@@ -49,6 +48,8 @@ Tensor._fields_ = [
     ("extra", ctypes.c_void_p),
     ("padding", ctypes.c_char * 8),
 ]
+
+_GGML_OBJECT_BYTES = 32  # sizeof(struct ggml_object), which ggml_tensor_overhead counts in
 
 NAME_OFFSET: int = Tensor.name.offset
 OP_OFFSET: int = Tensor.op.offset
@@ -82,6 +83,10 @@ def _base() -> ctypes.CDLL:
     lib = ctypes.CDLL(str(found[0]))
     for function in (lib.ggml_backend_tensor_get, lib.ggml_backend_tensor_set):
         function.argtypes, function.restype = [ctypes.POINTER(Tensor), ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t], None
+    lib.ggml_tensor_overhead.argtypes, lib.ggml_tensor_overhead.restype = [], ctypes.c_size_t
+    n_bytes = lib.ggml_tensor_overhead() - _GGML_OBJECT_BYTES
+    if n_bytes != ctypes.sizeof(Tensor):
+        raise LayerscopeError(f"The installed llama-cpp-python has tensors of {n_bytes} bytes, not the {ctypes.sizeof(Tensor)} of version 0.3.36.")
     lib.ggml_op_name.argtypes, lib.ggml_op_name.restype = [ctypes.c_int], ctypes.c_char_p
     lib.ggml_get_type_traits.argtypes, lib.ggml_get_type_traits.restype = [ctypes.c_int], ctypes.POINTER(_TypeTraits)
     return lib
@@ -156,22 +161,18 @@ def check_layout(tensor: Tensor, name: str, width: int, n: int) -> None:
 
 
 class _Log:
-    """Keeps llama.cpp's latest warnings and errors; llama.cpp prints nothing of its own any more."""
+    """Keeps what llama.cpp complains about; it prints nothing of its own any more."""
 
     def __init__(self) -> None:
-        self.lines: deque[tuple[int, str]] = deque(maxlen=20)
+        self.errors: list[str] = []
 
     def __call__(self, level: int, text: bytes, _user_data: Any) -> None:
-        line = text.decode("utf-8", "replace").rstrip()
-        if level in (_LOG_WARN, _LOG_ERROR) and line:
-            self.lines.append((level, line))
-
-    def last_error(self) -> str:
-        errors = [line for level, line in self.lines if level == _LOG_ERROR]
-        return errors[-1] if errors else "llama.cpp gave no reason"
+        if level == _LOG_ERROR and len(self.errors) < 20:
+            self.errors.append(text.decode("utf-8", "replace").strip())
 
 
 _LOG = _Log()
+_KEPT: list[Any] = []
 
 
 @functools.cache
@@ -186,14 +187,10 @@ def open_llama() -> ModuleType:
     return llama_cpp
 
 
-_KEPT: list[Any] = []
-
-
 def forget_errors() -> None:
-    _LOG.lines.clear()
+    _LOG.errors.clear()
 
 
 def first_error() -> str:
     """The first error that llama.cpp logged since `forget_errors`: the cause; those after it are its consequences."""
-    errors = [line for level, line in _LOG.lines if level == _LOG_ERROR]
-    return errors[0] if errors else "llama.cpp gave no reason"
+    return _LOG.errors[0] if _LOG.errors else "it gave no reason"

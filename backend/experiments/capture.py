@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from backend.engines import Engine, Piece, Request, Sampling, ShouldStop, never_
 from backend.errors import LayerscopeError
 from backend.experiments import Context, Progress, no_progress
 from backend.experiments.logit_lens import AUTO_BUDGET, compute_lens, cost, lens_rows
-from backend.intervention import Intervention
+from backend.intervention import Intervention, edits_by_place
 from backend.sites import SITES, STANDARD_SITES, resolve_sites
 from backend.trace_writer import TraceWriter
 
@@ -77,7 +78,7 @@ def capture(engine: Engine, spec: CaptureSpec, folder: Path, *, progress: Progre
     for edit in spec.interventions:
         edit.check(engine.info, len(ids))
     with TraceWriter(folder, engine.info, len(ids), spec.precision, trace_id) as writer, _LogitStore(len(ids), engine.info.d_vocab, folder) as logits:
-        run = _Run(engine, request, ids, writer, logits, progress, keep_logits="logits" in request.sites)
+        run = _Run(engine, spec.interventions, ids, writer, logits, progress, keep_logits="logits" in request.sites)
         mark = time.perf_counter()
         engine.run(ids, Request((*request.sites, "logits"), request.layers), run.sink, spec.interventions, should_stop)
         timings["run_s"] = time.perf_counter() - mark
@@ -108,9 +109,10 @@ def capture(engine: Engine, spec: CaptureSpec, folder: Path, *, progress: Progre
 class _Run:
     """Receives the pieces of one forward pass: checks them, stores them, and computes what needs the full-precision values."""
 
-    def __init__(self, engine: Engine, request: Request, ids: list[int], writer: TraceWriter, logits: _LogitStore, progress: Progress, keep_logits: bool) -> None:
-        self.request, self.ids, self.writer, self.logits, self.progress, self.keep_logits = request, ids, writer, logits, progress, keep_logits
-        self.identities = Identities(engine.info, weight=engine.weight, unembed=engine.unembed)
+    def __init__(self, engine: Engine, edits: tuple[Intervention, ...], ids: list[int], writer: TraceWriter, logits: _LogitStore,
+                 progress: Progress, keep_logits: bool) -> None:  # fmt: skip
+        self.ids, self.writer, self.logits, self.progress, self.keep_logits = ids, writer, logits, progress, keep_logits
+        self.identities = Identities(engine.info, weight=_weight_or_none(engine), unembed=engine.unembed, edited=edits_by_place(edits))
         self.n_layers = engine.info.n_layers
         self._rows: dict[int, list[dict[str, NDArray[np.float64]]]] = {}
         self.thumbs: dict[int, NDArray[np.uint8]] = {}
@@ -166,6 +168,18 @@ def _write_summaries(engine: Engine, spec: CaptureSpec, run: _Run, writer: Trace
         vocabulary.update(results["lens_top_ids"].ravel().tolist())
         timings["lens_s"] = time.perf_counter() - mark
     return {int(i) for i in vocabulary}
+
+
+def _weight_or_none(engine: Engine) -> Callable[[str], NDArray[np.float32] | None]:
+    """The engine's weights for the integrity check; None for a tensor that the architecture does not have."""
+
+    def weight(name: str) -> NDArray[np.float32] | None:
+        try:
+            return engine.weight(name)
+        except LayerscopeError:
+            return None
+
+    return weight
 
 
 def _blank_thumbnails(n_heads: int, n_tokens: int) -> NDArray[np.uint8]:

@@ -1,0 +1,41 @@
+/* The head grid: click or arrow keys choose a head; the store "chosen-head", the pickers and the grid stay equal. */
+(function () {
+    const grid = () => document.getElementById("head-grid");
+    const choose = (layer, head) => window.dash_clientside.set_props("chosen-head", { data: { layer, head } });
+
+    document.addEventListener("click", (event) => {
+        const cell = event.target.closest("[data-layer][data-head]");
+        if (cell) choose(Number(cell.dataset.layer), Number(cell.dataset.head));
+    });
+    document.addEventListener("keydown", (event) => {
+        if (!grid() || event.target !== grid()) return;
+        const [down, right] = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key] || [0, 0];
+        if (!down && !right) return;
+        event.preventDefault();
+        const rows = [...grid().querySelectorAll(".head-row")].map((row) => [...row.querySelectorAll(".head")]);
+        const at = rows.findIndex((row) => row.some((cell) => cell.classList.contains("chosen")));
+        const column = at < 0 ? -1 : rows[at].findIndex((cell) => cell.classList.contains("chosen"));
+        const next = rows[Math.max(at, 0) + (at < 0 ? 0 : down)]?.[Math.max(column, 0) + (column < 0 ? 0 : right)];
+        if (next) choose(Number(next.dataset.layer), Number(next.dataset.head));
+    });
+
+    window.dash_clientside = window.dash_clientside || {};
+    window.dash_clientside.layerscope = Object.assign(window.dash_clientside.layerscope || {}, {
+        chooseHead(chosen, layer, head) {
+            const no = window.dash_clientside.no_update;
+            const by = (window.dash_clientside.callback_context.triggered || []).map((t) => t.prop_id.split(".")[0]);
+            const fromPicker = by.length > 0 && !by.includes("chosen-head");
+            const now = fromPicker ? { layer, head } : chosen;
+            if (!now) return [no, no, no];
+            for (const cell of grid() ? grid().querySelectorAll(".head") : []) {
+                const is = Number(cell.dataset.layer) === now.layer && Number(cell.dataset.head) === now.head;
+                cell.classList.toggle("chosen", is);
+                cell.setAttribute("aria-selected", String(is));
+            }
+            for (const row of document.querySelectorAll("tr[data-layer][data-head]")) {
+                row.classList.toggle("chosen", Number(row.dataset.layer) === now.layer && Number(row.dataset.head) === now.head);
+            }
+            return fromPicker ? [now, no, no] : [no, now.layer === layer ? no : now.layer, now.head === head ? no : now.head];
+        },
+    });
+})();

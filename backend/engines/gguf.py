@@ -1,0 +1,233 @@
+"""The GGUF engine: a GGUF file, executed by llama.cpp's own kernels, with instruments attached through its scheduler callback.
+
+    gguf_header    what the file says, checked before llama.cpp sees it
+    gguf_context   llama.cpp's model and context
+    gguf_sites     the table: architecture -> the graph node of each site
+    gguf_graph     the table looked up in the real graph, and the callback
+    gguf_tap       a run's edits and captures at each node
+    gguf_vocab     text and ids
+    ggml           the tensor struct, reading, writing, dequantizing
+
+A prompt longer than a piece (512 tokens) runs in pieces over the key/value cache. Weights, for `weight` and `unembed`, are read
+from the file by backend.weights and dequantized by ggml; llama.cpp's copy in memory is left alone.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backend.engines import OpenOptions, Piece, Request, Sampling, ShouldStop, Sink, check_request, never_stop
+from backend.engines.ggml import Tensor, check_layout
+from backend.engines.gguf_context import Context, Model
+from backend.engines.gguf_graph import Place, SeenNode, Watch, find_places
+from backend.engines.gguf_sites import architecture
+from backend.engines.gguf_tap import Tap
+from backend.engines.gguf_vocab import Vocabulary
+from backend.engines.sampling import check_sampling, choose
+from backend.errors import Cancelled, LayerscopeError
+from backend.gguf_header import model_info, read_header
+from backend.intervention import Intervention, edits_by_place
+from backend.sites import SITES
+from backend.weights import open_weights
+
+DEFAULT_CONTEXT = 8192  # tokens; more only when asked for
+PIECE = 512  # tokens
+_CACHED_UNEMBED_BYTES = 1 << 30
+
+
+class GgufEngine:
+    """One loaded GGUF model; see backend.engines.Engine for what each method promises.
+
+    The context is made for the length at hand and kept while it is long enough. Queries and keys are handed out in the order of
+    the original checkpoint: the converter's reordering for RoPE is undone, and done again for edits.
+    """
+
+    def __init__(self, path: Path, options: OpenOptions = OpenOptions(), *, n_ubatch: int = PIECE, editable_weights: bool = False) -> None:
+        path = Path(path)
+        header = read_header(path)
+        info = model_info(path, header)
+        self._table = architecture(info.architecture, path.name)
+        if "tokenizer.ggml.tokens" not in header.metadata:
+            raise LayerscopeError(f"{path.name} holds no tokenizer (tokenizer.ggml.tokens is missing).")
+        self._options, self._n_ubatch = options, n_ubatch
+        self.n_ctx = options.n_ctx or min(info.n_ctx, DEFAULT_CONTEXT)
+        self._context: Context | None = None
+        self._unembed: NDArray[np.float32] | None = None
+        self._model = Model(path, options, editable_weights)
+        try:
+            self._weights = open_weights(path)
+            self._vocabulary = Vocabulary(self._model.llama, self._model.vocab)
+            self.info = replace(info, add_bos=self._vocabulary.add_bos)
+            self._watch = Watch(self._model.llama)
+            self._places = self._find_places()
+        except BaseException:
+            self.close()
+            raise
+        self.sites = frozenset(site for site, _ in self._places)
+        device = "GPU" if self._model.n_gpu_layers else "CPU"
+        self.version = f"llama-cpp-python {importlib.metadata.version('llama-cpp-python')}, {device}, {options.kv_cache} KV cache"
+
+    def tokenize(self, text: str, add_bos: bool | None = None) -> list[int]:
+        """Token ids; special tokens in `text` are plain text. add_bos None: as the file asks."""
+        return self._vocabulary.tokenize(text, add_bos)
+
+    def token_texts(self, ids: list[int]) -> list[str]:
+        """The text of each token as it stands alone."""
+        return self._vocabulary.texts(ids)
+
+    def detokenize(self, ids: list[int]) -> str:
+        """The text of the ids together, special tokens left out."""
+        return self._vocabulary.detokenize(ids)
+
+    def run(self, ids: list[int], request: Request, sink: Sink, edits: tuple[Intervention, ...] = (), should_stop: ShouldStop = never_stop) -> None:
+        """One forward pass over `ids`; see Engine.run.
+
+        An edit whose meaning spans positions (a mean over them, noise, an array with a position axis, an attention map) makes the
+        prompt run whole instead of in pieces.
+        """
+        check_request(self.info, self.sites, request, ids, self.n_ctx)
+        tap = self._tap(request, sink, edits, should_stop, len(ids))
+        self._prefill(ids, tap, self._piece(edits, ids), n_ctx=len(ids), all_outputs=True)
+
+    def generate(self, ids: list[int], n: int, sampling: Sampling, on_token: Callable[[int], None] | None = None,
+                 edits: tuple[Intervention, ...] = (), should_stop: ShouldStop = never_stop) -> list[int]:  # fmt: skip
+        """Up to n new tokens; see Engine.generate.
+
+        Positions of edits are absolute; negative ones count from the end of the prompt. An edit without positions holds for new
+        tokens too. Raises LayerscopeError when prompt and new tokens together exceed the context.
+        """
+        check_request(self.info, self.sites, Request(()), ids, self.n_ctx)
+        if len(ids) + n > self.n_ctx:
+            raise LayerscopeError(f"A prompt of {len(ids):,} tokens and {n:,} new ones are more than the {self.n_ctx:,} of the context.")
+        check_sampling(sampling)
+        tap, rng = self._tap(Request(()), _no_sink, edits, should_stop, len(ids)), np.random.default_rng(sampling.seed)
+        if n <= 0:
+            return []
+        context = self._prefill(ids, tap, self._piece(edits, ids), n_ctx=len(ids) + n, all_outputs=False)
+        new: list[int] = []
+        while True:
+            new.append(choose(context.last_logits(), sampling, rng))
+            if on_token:
+                on_token(new[-1])
+            if len(new) == n or self._vocabulary.ends(new[-1]):
+                return new
+            self._step(context, new[-1:], tap, start=len(ids) + len(new) - 1, all_outputs=False)
+
+    def unembed(self, resid: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Final RMS norm (Zhang & Sennrich, arXiv:1910.07467), then W_U, in float32: resid (..., d_model) -> logits (..., d_vocab).
+
+        llama.cpp's kernels round activations to 8 bits where W_U is quantized, so its own logits differ by that rounding.
+        """
+        rows = np.asarray(resid, np.float32)
+        scale = np.sqrt(np.mean(np.square(rows), axis=-1, keepdims=True, dtype=np.float64) + self.info.norm_eps)
+        normed = (rows / scale).astype(np.float32) * self._weights["ln_final.w"]
+        w_u = self._weights.lazy("unembed.W_U")
+        if self._unembed is None and 4 * w_u.size <= _CACHED_UNEMBED_BYTES:
+            self._unembed = w_u[:]
+        if self._unembed is not None:
+            return np.asarray(normed @ self._unembed.T)
+        step = max(1, _CACHED_UNEMBED_BYTES // 4 // self.info.d_model)
+        return np.concatenate([normed @ w_u[i : i + step].T for i in range(0, self.info.d_vocab, step)], axis=-1)
+
+    def weight(self, name: str) -> NDArray[np.float32]:
+        """A weight by its canonical name, float32, (out, in), heads in the order of q and k as handed out."""
+        return self._weights[name]
+
+    def close(self) -> None:
+        """Free the context and the model."""
+        if self._context is not None:
+            self._context.close()
+        self._context = None
+        self._model.close()
+
+    def _find_places(self) -> dict[tuple[str, int | None], Place]:
+        """Run one token, noting every node of the graph; the embedding's node proves that tensors are laid out as ggml.py says."""
+        nodes: list[SeenNode] = []
+        seen: list[Place] = []
+
+        def check(tensor: Tensor, place: Place) -> None:
+            check_layout(tensor, place.name, self.info.d_model, 1)
+            seen.append(place)
+
+        context = self._context_for(1, self._n_ubatch)
+        self._watch.record(nodes)
+        context.decode([0], 0, all_outputs=True)
+        places = find_places(self._table, nodes)
+        embed = places.get(("embed", None))
+        if embed is not None:
+            self._watch.want([embed], check)
+            context.clear()
+            context.decode([0], 0, all_outputs=True)
+        self._watch.rest()
+        if not seen:
+            raise LayerscopeError(f"The installed llama-cpp-python shows no embedding node for {self.info.name}; install version 0.3.36.")
+        return places
+
+    def _tap(self, request: Request, sink: Sink, edits: tuple[Intervention, ...], should_stop: ShouldStop, n_tokens: int) -> Tap:
+        """Check the edits; stop at the nodes that are wanted, edited, or the end of a layer."""
+        by_place = edits_by_place(edits)
+        for edit in edits:
+            edit.check(self.info, n_tokens)
+        for site, layer in by_place:
+            if (site, layer) not in self._places:
+                at = "" if layer is None else f" in layer {layer}"
+                raise LayerscopeError(f"{self.info.name} ({self.info.architecture}) has no site {site!r}{at} to edit.")
+        return Tap(self.info, self._table.rotary_interleaved, request, sink, by_place, should_stop, n_tokens)
+
+    def _stops(self, tap: Tap) -> Iterable[Place]:
+        asks_at_layers = tap.should_stop is not never_stop
+        for (site, layer), place in self._places.items():
+            if tap.request.wants(site, layer) or (site, layer) in tap.edits or (asks_at_layers and site == "resid_post"):
+                yield place
+
+    def _prefill(self, ids: list[int], tap: Tap, piece: int, n_ctx: int, all_outputs: bool) -> Context:
+        """Run the prompt from position 0 in pieces."""
+        context = self._context_for(n_ctx, piece)
+        context.clear()
+        for start in range(0, len(ids), piece):
+            self._step(context, ids[start : start + piece], tap, start, all_outputs)
+        return context
+
+    def _step(self, context: Context, ids: list[int], tap: Tap, start: int, all_outputs: bool) -> None:
+        if tap.should_stop():
+            raise Cancelled
+        tap.start = start
+        self._watch.want(self._stops(tap), tap.visit)
+        try:
+            context.decode(ids, start, all_outputs or any(site in ("resid_post", "resid_mid") for site, _ in tap.edits))
+        finally:
+            self._watch.rest()
+
+    def _context_for(self, n_ctx: int, n_ubatch: int) -> Context:
+        """The context at hand if it is large enough, else a new one in its place."""
+        old = self._context
+        if old is not None and old.n_ctx >= n_ctx and old.n_ubatch >= n_ubatch:
+            return old
+        if old is not None:
+            n_ctx, n_ubatch = max(n_ctx, old.n_ctx), max(n_ubatch, old.n_ubatch)
+            self._context = None
+            old.close()
+        self._context = Context(self._model, self._watch, self._options, n_ctx, n_ubatch)
+        return self._context
+
+    def _piece(self, edits: tuple[Intervention, ...], ids: list[int]) -> int:
+        return max(len(ids), self._n_ubatch) if any(_spans_positions(edit) for edit in edits) else self._n_ubatch
+
+
+def _spans_positions(edit: Intervention) -> bool:
+    """Whether an edit means something else when the prompt arrives in pieces."""
+    site, shape = SITES[edit.site], np.shape(edit.value)
+    if site.is_attention_map or edit.op == "noise" or (edit.op == "mean" and edit.value is None):
+        return True
+    from_right = len(site.dims) - site.dims.index("pos")
+    return len(shape) >= from_right and shape[-from_right] != 1
+
+
+def _no_sink(piece: Piece) -> None:
+    raise AssertionError(f"generation captured {piece.site}, though it asks for nothing")

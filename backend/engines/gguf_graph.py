@@ -1,0 +1,167 @@
+"""llama.cpp's graph as sites: where each site is computed, and the callback that stops there.
+
+    find_places(...)   the table of an architecture looked up in the graph that the model really has
+    Watch              llama.cpp's scheduler callback and abort callback, with Python's exceptions kept out of C
+
+llama.cpp calls back twice for a node. With ask=True, for every node and before anything runs: whether we want it. With
+ask=False, once the wanted node is computed and before anything that depends on it: what is written then is what follows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from backend.engines.ggml import NAME_OFFSET, OP_OFFSET, Tensor, op_name, scale_of_soft_max
+from backend.engines.gguf_sites import Architecture, Node
+from backend.errors import LayerscopeError
+
+Where = tuple[str, int | None]  # site, layer
+
+
+@dataclass(frozen=True)
+class Place:
+    """The node that holds one site of one layer. `scale`: what attention scores are multiplied with before the softmax."""
+
+    site: str
+    layer: int | None
+    name: str
+    op: int
+    weight: str = ""
+    scale: float = 1.0
+
+    @property
+    def source(self) -> str:
+        return self.weight or self.name
+
+
+@dataclass(frozen=True)
+class SeenNode:
+    """What the first, recording pass noted of one node."""
+
+    name: str
+    op: int
+    first_source: str
+    scale: float
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> SeenNode:
+        op = op_name(tensor.op)
+        first = tensor.src[0].contents.name.decode("utf-8", "replace") if tensor.src[0] else ""
+        return cls(tensor.name.decode("utf-8", "replace"), tensor.op, first, scale_of_soft_max(tensor) if op == "SOFT_MAX" else 1.0)
+
+
+def find_places(table: Architecture, nodes: Iterable[SeenNode]) -> dict[Where, Place]:
+    """The last node in graph order that fits a row of the table, for every site and layer. What does not fit does not exist here."""
+    by_name: dict[str, list[Node]] = {}
+    by_weight: dict[str, Node] = {}
+    for row in table.nodes:
+        if row.weight:
+            by_weight[row.weight] = row
+        else:
+            by_name.setdefault(row.name, []).append(row)
+    places: dict[Where, Place] = {}
+    scales: dict[int | None, float] = {}
+    for node in nodes:
+        name, layer = _split(node.name)
+        for row in by_name.get(name, ()):
+            if row.op in ("", op_name(node.op)):
+                places[row.site, layer] = Place(row.site, layer, node.name, node.op)
+        if name == "kq_soft_max":
+            scales[layer] = node.scale
+        weight = re.fullmatch(r"blk\.(\d+)\.(.+)", node.first_source)
+        if node.name.startswith("node_") and weight and weight[2] in by_weight:
+            row = by_weight[weight[2]]
+            if row.op in ("", op_name(node.op)):
+                places[row.site, int(weight[1])] = Place(row.site, int(weight[1]), "", node.op, node.first_source)
+    for (site, layer), place in places.items():
+        if site == "attn_scores":
+            places[site, layer] = Place(site, layer, place.name, place.op, scale=scales[layer])
+    return places
+
+
+def _split(name: str) -> tuple[str, int | None]:
+    """"kq-3" -> ("kq", 3); a name without a layer keeps None."""
+    match = re.fullmatch(r"(.+)-(\d+)", name)
+    return (match[1], int(match[2])) if match else (name, None)
+
+
+class Watch:
+    """The two callbacks of a llama.cpp context, and what they do during the pass that is running.
+
+    An exception in a callback cannot cross C. It is kept in `error`, everything that is still asked is declined, the CPU
+    back end is told to abort, and `raise_error` raises it once llama_decode has returned.
+    """
+
+    def __init__(self, llama: Any) -> None:
+        self.eval_callback = llama.ggml_backend_sched_eval_callback(self._on_node)
+        self.abort_callback = llama.ggml_abort_callback(self._on_abort)
+        self.error: BaseException | None = None
+        self.rest()
+
+    def rest(self) -> None:
+        """Want no node."""
+        self._by_name: dict[bytes, dict[int, Place]] = {}
+        self._by_weight: dict[bytes, Place] = {}
+        self._visit: Callable[[Tensor, Place], None] | None = None
+        self._recorded: list[SeenNode] | None = None
+
+    def want(self, places: Iterable[Place], visit: Callable[[Tensor, Place], None]) -> None:
+        """Call `visit(tensor, place)` at each of `places`, as soon as it is computed."""
+        self.rest()
+        self._visit = visit
+        for place in places:
+            if place.weight:
+                self._by_weight[place.weight.encode()] = place
+            else:
+                self._by_name.setdefault(place.name.encode(), {})[place.op] = place
+
+    def record(self, into: list[SeenNode]) -> None:
+        """Note every node that is asked about, besides visiting the wanted ones."""
+        self._recorded = into
+
+    def raise_error(self) -> None:
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
+
+    def _on_abort(self, _data: Any) -> bool:
+        return self.error is not None
+
+    def _on_node(self, address: int, ask: bool, _data: Any) -> bool:
+        if self.error is not None:
+            return False
+        try:
+            place = self._place_of(address)
+            if ask:
+                if self._recorded is not None:
+                    self._recorded.append(SeenNode.of(Tensor.from_address(address)))
+                return place is not None
+            if place is not None and self._visit is not None:
+                self._visit(Tensor.from_address(address), place)
+        except BaseException as error:  # noqa: BLE001 - raised again by raise_error, once C is left
+            self.error = error
+            return False
+        return True
+
+    def _place_of(self, address: int) -> Place | None:
+        """One look-up: this runs for every node of the graph."""
+        ops = self._by_name.get(ctypes.string_at(address + NAME_OFFSET))
+        if ops is not None:
+            return ops.get(ctypes.c_int.from_address(address + OP_OFFSET).value)
+        if not self._by_weight:
+            return None
+        tensor = Tensor.from_address(address)
+        place = self._by_weight.get(tensor.src[0].contents.name) if tensor.src[0] else None
+        return place if place is not None and place.op == tensor.op else None
+
+
+def require(places: dict[Where, Place], where: Where, label: str) -> Place:
+    place = places.get(where)
+    if place is None:
+        at = "" if where[1] is None else f" in layer {where[1]}"
+        raise LayerscopeError(f"{label} has no site {where[0]!r}{at} to edit.")
+    return place

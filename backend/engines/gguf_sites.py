@@ -1,0 +1,90 @@
+"""Which node of llama.cpp's graph holds which site, one row per architecture.
+
+llama.cpp names a node "name-L" in layer L and "name" outside the layers. The same name can stand for several nodes (Qcur: the
+projection, its reshape, its rotation) and for different sites in different architectures, so a row says name and op, or the
+weight that an unnamed node multiplies. `backend.engines.gguf_graph` looks the rows up in the graph of the model at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from backend.errors import LayerscopeError
+
+
+@dataclass(frozen=True)
+class Node:
+    """One candidate for a site. Where several candidates of a site are in the graph, the one that is computed last counts.
+
+    name    ggml's name without "-L"; empty: the node has no name of its own
+    op      ggml's op; empty: any
+    weight  for a nameless MUL_MAT: its weight, without "blk.L."
+    """
+
+    site: str
+    name: str = ""
+    op: str = ""
+    weight: str = ""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the engine must know of one architecture beyond its header.
+
+    rotary_interleaved: the converter from Hugging Face reordered the rows of W_Q and W_K, so that RoPE turns the pairs
+    (2i, 2i + 1) of a head and not (i, i + d_head/2). The engine undoes this on q, k, rot_q and rot_k: the numbers it hands
+    out stand in the order of the original checkpoint, the same as in the PyTorch engine.
+    """
+
+    nodes: tuple[Node, ...]
+    rotary_interleaved: bool = False
+
+
+_EMBEDDING = (Node("embed", "embd", "GET_ROWS"),)
+_ATTENTION = (
+    Node("ln1_out", "attn_norm"),
+    Node("q", "Qcur", "RESHAPE"),
+    Node("k", "Kcur", "RESHAPE"),
+    Node("v", "Vcur", "RESHAPE"),
+    Node("rot_q", "Qcur", "ROPE"),
+    Node("rot_k", "Kcur", "ROPE"),
+    Node("attn_scores", "kq", "MUL_MAT"),
+    Node("attn_pattern", "kq_soft_max", "SOFT_MAX"),
+    Node("z", "kqv_out", "CONT"),
+)
+# Architectures that leave attention's output without a name have it as the product with this weight.
+_ATTENTION_OUT = (Node("attn_out", weight="attn_output.weight", op="MUL_MAT"), Node("attn_out", "attn_out"))
+_MLP = (
+    Node("resid_mid", "ffn_inp"),
+    Node("ln2_out", "ffn_norm"),
+    Node("mlp_pre", "ffn_gate"),
+    Node("mlp_pre_linear", "ffn_up"),
+    Node("mlp_post", "ffn_swiglu"),
+    Node("mlp_out", "ffn_out"),
+    Node("resid_post", "l_out"),
+)
+_EXPERTS = (
+    Node("router_logits", "ffn_moe_logits", "MUL_MAT"),
+    Node("router_probs", "ffn_moe_probs", "SOFT_MAX"),
+    Node("expert_indices", "ffn_moe_topk", "VIEW"),
+    Node("expert_weights", "ffn_moe_weights"),
+    Node("expert_weights", "ffn_moe_weights_softmax"),
+    Node("expert_weights", "ffn_moe_weights_norm"),
+    Node("expert_weights", "ffn_moe_weights_scaled"),
+    Node("mlp_out", "ffn_moe_out"),
+)
+_OUTPUT = (Node("ln_final_out", "result_norm"), Node("logits", "result_output"))
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    # Llama, Mistral and Mixtral files: the last two carry the same name.
+    "llama": Architecture(_EMBEDDING + _ATTENTION + _ATTENTION_OUT + _MLP + _EXPERTS + _OUTPUT, rotary_interleaved=True),
+}
+
+
+def architecture(name: str, label: str) -> Architecture:
+    """The row of an architecture; raises LayerscopeError, naming those that exist, for one without a row."""
+    row = ARCHITECTURES.get(name)
+    if row is None:
+        raise LayerscopeError(f"{label} has the architecture {name[:40]!r}; GGUF models of {', '.join(sorted(ARCHITECTURES))} can be run.")
+    return row

@@ -1,0 +1,116 @@
+"""The logit lens as pictures: layers x positions with the top tokens written in, and curves through depth at one position."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from numpy.typing import NDArray
+from plotly.subplots import make_subplots
+
+from components.figures.theme import LINES, MONO, colours, compact, escape, figure, number, scale_bar, sequential, template, token_ticks
+
+MODES = {
+    "probability": "probability of the top token",
+    "entropy": "entropy, nats",
+    "kl": "KL(model || layer), nats",
+    "rank": "rank of the token that follows",
+}
+
+
+def lens_table(values: NDArray[np.floating], top_texts: Sequence[Sequence[Sequence[str]]], top_logprobs: NDArray[np.floating], rows: Sequence[str],
+               labels: Sequence[str], first: int = 0, mode: str = "probability", position: int | None = None, theme: str = "light",
+               following: Sequence[str] = ()) -> go.Figure:  # fmt: skip
+    """Each layer's best guess at each position, written in the cell; the colour is `mode`.
+
+    values:       (row, pos) what the colour shows: probability of the top token, entropy or KL in nats, or rank (0 = best, -1: none)
+    top_texts:    [row][pos][k] display text of the best tokens, best first; top_logprobs: (row, pos, k)
+    rows:         "embed", "0", "1", ... from the input up, drawn bottom to top
+    labels:       display text of the positions shown, the first of which is position `first` of the prompt
+    following:    display text of the token that really follows each position, for the hover
+    """
+    shown, limits, bar = _colour(values, mode)
+    written = [[_cell_text(top_texts[r][p][0], values[r, p], mode) for p in range(len(labels))] for r in range(len(rows))]
+    hovers = np.array([[_hover(rows[r], first + p, labels[p], top_texts[r][p], top_logprobs[r, p], values[r, p], mode, following[p] if following else None)
+                        for p in range(len(labels))] for r in range(len(rows))], dtype=object)  # fmt: skip
+    cells = go.Heatmap(
+        z=compact(shown), x=np.arange(first, first + len(labels), dtype=np.int32), text=written, texttemplate="%{text}", textfont={"family": MONO, "size": 11},
+        customdata=hovers, hovertemplate="%{customdata}<extra></extra>", zmin=limits[0], zmax=limits[1], colorscale=sequential(theme), xgap=2, ygap=2,
+        colorbar=bar,
+    )  # fmt: skip
+    found = figure(theme, cells, margin={"l": 8, "r": 8, "t": 8, "b": 52})
+    ticks = token_ticks(labels, most=len(labels))
+    ticks["tickvals"] = [first + at for at in ticks["tickvals"]]
+    found.update_xaxes(side="top", tickangle=0 if len(labels) <= 24 else -45, showgrid=False, zeroline=False, **ticks)
+    found.update_yaxes(showgrid=False, zeroline=False, tickmode="array", tickvals=list(range(len(rows))), ticktext=[row_label(r) for r in rows])
+    if position is not None and first <= position < first + len(labels):
+        found.add_shape(type="rect", x0=position - 0.5, x1=position + 0.5, y0=-0.5, y1=len(rows) - 0.5, line={"color": colours(theme)["accent"], "width": 2})
+    return found
+
+
+def depth_curves(curves: Mapping[str, NDArray[np.floating]], rows: Sequence[str], theme: str = "light", log: Sequence[str] = ()) -> go.Figure:
+    """Quantities at one position through depth, one small plot each above a shared axis. curves: title -> (row,); `log` titles have a log axis."""
+    found = make_subplots(rows=len(curves), cols=1, shared_xaxes=True, vertical_spacing=0.14, subplot_titles=[escape(title) for title in curves])
+    palette = LINES["dark" if theme == "dark" else "light"]
+    at = list(range(len(rows)))
+    for i, (title, values) in enumerate(curves.items()):
+        found.add_trace(
+            go.Scatter(x=at, y=compact(values), mode="lines+markers", line={"color": palette[i % len(palette)], "width": 2}, marker={"size": 6},
+                       customdata=[row_label(r) for r in rows], hovertemplate="%{customdata}<br>%{y:.5g}<extra></extra>"),
+            row=i + 1, col=1,
+        )  # fmt: skip
+        found.update_yaxes(row=i + 1, col=1, nticks=5, **({"type": "log", "dtick": 1} if title in log else {"rangemode": "tozero"}))
+    step = max(1, len(rows) // 16)
+    found.update_layout(template=template(theme), margin={"l": 8, "r": 12, "t": 26, "b": 8})
+    found.update_annotations(font={"size": 12, "color": colours(theme)["ink-2"]}, x=0, xanchor="left")
+    found.update_xaxes(tickmode="array", tickvals=at[::step], ticktext=[row_label(r) for r in list(rows)[::step]])
+    return found
+
+
+def target_curves(logprobs: NDArray[np.floating], ranks: NDArray[np.integer], rows: Sequence[str], token: str, theme: str = "light") -> go.Figure:
+    """Probability and rank of one token at one position through depth. logprobs, ranks: (row,); ranks count from 0 and are drawn from 1, on a log axis, best at the top."""
+    shown = f"{token[:24]}"
+    probability, rank = f"probability of {shown}", f"rank of {shown} (1 = best)"
+    found = depth_curves({probability: np.exp(logprobs.astype(np.float64)), rank: ranks.astype(np.float64) + 1}, rows, theme, log=(rank,))
+    found.update_yaxes(row=2, col=1, autorange="reversed")
+    return found
+
+
+def row_label(row: str) -> str:
+    """"embed" or "L3"."""
+    return f"L{row}" if row.isdigit() else row
+
+
+def _colour(values: NDArray[np.floating], mode: str) -> tuple[NDArray[np.floating], tuple[float, float], dict[str, Any]]:
+    """What is drawn, its limits, its scale bar. Ranks are drawn as -log10(rank + 1): the best token darkest."""
+    if mode == "rank":
+        with np.errstate(invalid="ignore", divide="ignore"):
+            shown = np.where(values >= 0, -np.log10(np.maximum(values, 0) + 1.0), np.nan)
+        lowest = min(-1.0, float(np.nanmin(shown)) if np.isfinite(shown).any() else -1.0)
+        decades = list(range(int(np.floor(lowest)), 1))
+        bar = scale_bar("rank of the token that follows, log scale", tickvals=decades, ticktext=[f"{10**-d:,}" for d in decades])
+        return shown, (lowest, 0.0), bar
+    if mode == "probability":
+        return values, (0.0, 1.0), scale_bar(MODES[mode], tickvals=[0, 0.5, 1])
+    finite = values[np.isfinite(values)]
+    top = float(finite.max()) if len(finite) and finite.max() > 0 else 1.0
+    return values, (0.0, top), scale_bar(MODES[mode])
+
+
+def _cell_text(token: str, value: float, mode: str) -> str:
+    if mode == "rank":
+        return f"{int(value) + 1:,}" if value >= 0 else ""
+    cut = token if len(token) <= 9 else f"{token[:8]}…"
+    return escape(cut)
+
+
+def _hover(row: str, position: int, label: str, texts: Sequence[str], logprobs: NDArray[np.floating], value: float, mode: str, following: str | None) -> str:
+    lines = [f"{row_label(row)} at {escape(label)} (position {position})"]
+    if mode == "rank":
+        lines.append(f"{escape(following or '')} really follows: rank {int(value) + 1:,}" if value >= 0 else "nothing follows")
+    elif mode != "probability":
+        lines.append(f"{MODES[mode]} {number(float(value))}")
+    lines += [f"{np.exp(float(lp)):8.4f}  {escape(text)}" for text, lp in zip(texts, logprobs, strict=True)]
+    return "<br>".join(lines)
