@@ -12,4 +12,5 @@ window.layerscope.keepUrl = function (fields, values) {
         else url.searchParams.set(key, String(value));
     });
     if (url.href !== window.location.href) window.history.replaceState(window.history.state, "", url);
+    return window.dash_clientside.no_update;
 };

@@ -8,6 +8,7 @@ Beside each file lies `<file>.key`, a digest of what it was made from: a changed
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -85,6 +86,7 @@ def source_key(folder: Path) -> str:
 def _quantize(source: Path, out: Path, ftype: int) -> None:
     import llama_cpp
 
+    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # its callback prints a line per tensor otherwise
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = ftype
     status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(out), params)

@@ -62,7 +62,8 @@ class Derived:
 
     def __init__(self, folder: Path, size_limit: int = 1 << 30) -> None:
         """Opens or makes the cache in `folder` (mode 0700), which keeps at most about `size_limit` bytes, oldest out first."""
-        self._cache = diskcache.Cache(str(private_folder(Path(folder))), disk=PlainDisk, size_limit=size_limit, disk_min_file_size=1 << 15)
+        # diskcache drops 10 entries at a time by default, which may be all of them, the new one included, where entries are large.
+        self._cache = diskcache.Cache(str(private_folder(Path(folder))), disk=PlainDisk, size_limit=size_limit, cull_limit=2, disk_min_file_size=1 << 15)
 
     def get_bytes(self, key: Key) -> bytes | None:
         value = self._cache.get(_text(key))

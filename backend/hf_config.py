@@ -232,7 +232,7 @@ def _entry(file: str, name: str, row: Any, data_start: int) -> TensorEntry:
     """Check one row of a safetensors header; offsets become positions in the file."""
     where = f"Tensor {name[:80]!r} of {file}"
     dtype, shape, offsets = (row.get(key) for key in ("dtype", "shape", "data_offsets")) if isinstance(row, dict) else (None, None, None)
-    if dtype not in DTYPE_BYTES:
+    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise LayerscopeError(f"{where} has dtype {str(dtype)[:40]!r}; known are {', '.join(DTYPE_BYTES)}.")
     if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and 0 <= n < 1 << 40 for n in shape):
         raise LayerscopeError(f"{where} has no valid shape: {str(shape)[:80]}.")

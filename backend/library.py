@@ -250,7 +250,7 @@ def _row(trace: Trace) -> dict[str, Any]:
     return {
         "id": trace.id, "model_name": trace.info.name, "architecture": trace.info.architecture, "is_moe": int(trace.info.is_moe),
         "engine": trace.engine, "quantization": trace.info.quantization, "prompt": trace.prompt, "response": trace.response,
-        "n_tokens": trace.n_tokens, "n_prompt": trace.n_prompt, "category": trace.category, "tags": json.dumps(trace.tags),
+        "n_tokens": trace.n_tokens, "n_prompt": trace.n_prompt, "category": trace.category, "tags": json.dumps(trace.tags, ensure_ascii=False),
         "created_at": trace.created_at, "n_bytes": trace.path.stat().st_size, "sites": json.dumps(list(trace.stored)),
         "integrity_ok": int(all(checked)) if checked else None, "seconds": trace.metadata.get("timings", {}).get("total_s"),
     }  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
-from dash import Input, clientside_callback
+from dash import Input, Output, clientside_callback
 
 Source = tuple[str, str] | tuple[str, str, str]
 
@@ -21,8 +21,10 @@ def keep_url(mapping: Mapping[str, Source]) -> None:
     None, "" and [] take the key out of the query; lists are joined with commas.
     """
     fields = [[key, source[2] if len(source) == 3 else None] for key, source in mapping.items()]
+    first = next(iter(mapping.values()))[0]
     clientside_callback(
-        f"function() {{ window.layerscope.keepUrl({json.dumps(fields)}, Array.from(arguments)); }}",
+        f"function() {{ return window.layerscope.keepUrl({json.dumps(fields)}, Array.from(arguments)); }}",
+        Output(first, "id"),  # never written: Dash runs a callback when a page opens only if it has an output there
         *[Input(source[0], source[1]) for source in mapping.values()],
     )
 

@@ -128,7 +128,7 @@ def _held_out_giving(rng: random.Random, n: int) -> list[Item]:
 
 def _random_words(rng: random.Random, held_out: bool) -> list[str]:
     while True:
-        words = [rng.choice(WORDS) for _ in range(rng.randint(5, 20))]
+        words = [rng.choice(WORDS) for _ in range(rng.randint(5, 20) if held_out else 3 + int(18 * rng.random() ** 2))]
         if is_held_out(*words) == held_out:
             return words
 

@@ -100,6 +100,12 @@ def hooked_logits(model: Any, **hooks: Callable[..., Any]) -> NDArray[np.float32
             handle.remove()
 
 
+def batch_noise(engine: HfEngine) -> float:
+    """How much a token may change with the tokens after it: nothing in a dense model; with experts, the batch that an expert
+    sees changes its size with the routing of later tokens, and with it the last bits of the matrix product."""
+    return 2e-5 if engine.info.is_moe else 0.0
+
+
 def no_hooks(engine: HfEngine) -> bool:
     modules = engine._model.modules()
     return not any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, TAP) for m in modules)
@@ -280,11 +286,9 @@ def test_a_run_inside_another_engines_run_does_not_mix_with_it(llama: HfEngine, 
 
 
 def test_a_later_token_changes_nothing_before_it(engine: HfEngine, values: Values) -> None:
-    """Exactly, in a dense model; with experts the batch that an expert sees changes its size, and with it the last bits."""
     other = capture(engine, [*IDS[:-1], IDS[-1] + 1])
-    tolerance = 1e-5 if engine.info.is_moe else 0.0
     for key in (("logits", None), ("resid_post", 2), ("z", 1)):
-        assert np.abs(other[key][:-1] - values[key][:-1]).max() <= tolerance
+        assert np.abs(other[key][:-1] - values[key][:-1]).max() <= batch_noise(engine)
         assert np.abs(other[key][-1] - values[key][-1]).max() > 1e-3
 
 
@@ -350,8 +354,8 @@ def test_an_edit_is_seen_in_the_value_handed_out_and_in_all_that_follows_but_not
     independent = {"q": ("k", "v"), "k": ("v", "rot_q"), "rot_q": ("rot_k",)}  # computed later, but not from it
     assert all(np.array_equal(edited[key], values[key]) for key in keys[:at])
     assert all(np.array_equal(edited[other, 1], values[other, 1]) for other in independent.get(site, ()))
-    assert np.array_equal(edited["logits", None][:4], values["logits", None][:4])
-    assert not np.array_equal(edited["logits", None][4:], values["logits", None][4:])
+    change = np.abs(edited["logits", None] - values["logits", None]).max(-1)
+    assert change[:4].max() <= batch_noise(engine) < 1e-3 < change[4:].max()
 
 
 @pytest.mark.parametrize("site", ["mlp_pre", "mlp_pre_linear", "mlp_post"])
@@ -618,3 +622,20 @@ def test_info_is_what_the_headers_say_except_what_only_the_tokenizer_knows(tiny:
 
     assert engine.info == dataclasses.replace(model_info(tiny.hf), add_bos=True)
     assert engine.info.n_params == sum(parameter.numel() for parameter in engine._model.parameters())
+
+
+def test_a_sentencepiece_tokenizer_shows_its_spaces_and_bytes(tmp_path: Path) -> None:
+    """A vocabulary spelled as SentencePiece does, where the decoder would drop a leading space and hide lone bytes."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    from backend.engines.hf_tokenizer import HfTokenizer
+
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "<0x0A>": 3, "<0xE2>": 4, "\u2581Paris": 5, "is": 6}
+    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer.add_tokens([AddedToken("<tool>", special=False)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(tmp_path)
+    read = HfTokenizer(tmp_path)
+    assert read.token_texts([1, 5, 6, 3, 4, 7]) == ["<s>", " Paris", "is", "\n", "<0xE2>", "<tool>"]
+    assert not read.adds_bos

@@ -34,6 +34,7 @@ from backend.errors import Cancelled, LayerscopeError
 from backend.gguf_header import model_info, read_header
 from backend.intervention import Intervention, edits_by_place
 from backend.sites import SITES
+from backend.weight_names import ROTARY_INTERLEAVED
 from backend.weights import open_weights
 
 DEFAULT_CONTEXT = 8192  # tokens; more only when asked for
@@ -56,7 +57,7 @@ class GgufEngine:
         if "tokenizer.ggml.tokens" not in header.metadata:
             raise LayerscopeError(f"{path.name} holds no tokenizer (tokenizer.ggml.tokens is missing).")
         self._options, self._n_ubatch = options, n_ubatch
-        self.n_ctx = options.n_ctx or min(info.n_ctx, DEFAULT_CONTEXT)
+        self.n_ctx = min(options.n_ctx or DEFAULT_CONTEXT, info.n_ctx)
         self._context: Context | None = None
         self._unembed: NDArray[np.float32] | None = None
         self._model = Model(path, options, editable_weights)
@@ -178,7 +179,7 @@ class GgufEngine:
             if (site, layer) not in self._places:
                 at = "" if layer is None else f" in layer {layer}"
                 raise LayerscopeError(f"{self.info.name} ({self.info.architecture}) has no site {site!r}{at} to edit.")
-        return Tap(self.info, self._table.rotary_interleaved, request, sink, by_place, should_stop, n_tokens)
+        return Tap(self.info, self.info.architecture in ROTARY_INTERLEAVED, request, sink, by_place, should_stop, n_tokens)
 
     def _stops(self, tap: Tap) -> Iterable[Place]:
         asks_at_layers = tap.should_stop is not never_stop
@@ -200,7 +201,7 @@ class GgufEngine:
         tap.start = start
         self._watch.want(self._stops(tap), tap.visit)
         try:
-            context.decode(ids, start, all_outputs or any(site in ("resid_post", "resid_mid") for site, _ in tap.edits))
+            context.decode(ids, start, all_outputs or bool(tap.edits))
         finally:
             self._watch.rest()
 

@@ -22,18 +22,20 @@ _PAD = 256  # llama.cpp rounds a context up to this many tokens
 
 
 class Model:
-    """A loaded GGUF file. `editable_weights` keeps every weight in plain memory of its own, in the file's layout.
+    """A loaded GGUF file, its quantized weights in the layout of the file.
 
-    llama.cpp's own default maps the file and repacks some quantized weights for faster kernels. Both are kept unless weights are
-    to be written in place: a write to a mapped or repacked weight kills the process.
+    llama.cpp would repack them for faster kernels (use_extra_bufts). That is off: it keeps a second copy, a write to a repacked
+    weight kills the process, and so does its AMX kernel on machines that report AMX to the program but do not let it be used.
+    The file is mapped, llama.cpp's default, except with `editable_weights`: mapped pages cannot be written.
     """
 
     def __init__(self, path: Path, options: OpenOptions, editable_weights: bool) -> None:
         self.llama = open_llama()
         params = self.llama.llama_model_default_params()
         params.n_gpu_layers = _gpu_layers(self.llama, options)
+        params.use_extra_bufts = False
         if editable_weights:
-            params.load_mode, params.use_extra_bufts = self.llama.LLAMA_LOAD_MODE_NONE, False
+            params.load_mode = self.llama.LLAMA_LOAD_MODE_NONE
         forget_errors()
         self.pointer: Any = self.llama.llama_model_load_from_file(str(path).encode(), params)
         if not self.pointer:

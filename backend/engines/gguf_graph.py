@@ -17,7 +17,6 @@ from typing import Any
 
 from backend.engines.ggml import NAME_OFFSET, OP_OFFSET, Tensor, op_name, scale_of_soft_max
 from backend.engines.gguf_sites import Architecture, Node
-from backend.errors import LayerscopeError
 
 Where = tuple[str, int | None]  # site, layer
 
@@ -57,26 +56,22 @@ class SeenNode:
 def find_places(table: Architecture, nodes: Iterable[SeenNode]) -> dict[Where, Place]:
     """The last node in graph order that fits a row of the table, for every site and layer. What does not fit does not exist here."""
     by_name: dict[str, list[Node]] = {}
-    by_weight: dict[str, Node] = {}
+    by_weight = {row.weight: row for row in table.nodes if row.weight}
     for row in table.nodes:
-        if row.weight:
-            by_weight[row.weight] = row
-        else:
+        if not row.weight:
             by_name.setdefault(row.name, []).append(row)
     places: dict[Where, Place] = {}
     scales: dict[int | None, float] = {}
     for node in nodes:
         name, layer = _split(node.name)
+        weight = re.fullmatch(r"blk\.(\d+)\.(.+)", node.first_source)
+        if weight and (row := by_weight.get(weight[2])) and row.op == op_name(node.op):
+            places[row.site, int(weight[1])] = Place(row.site, int(weight[1]), "", node.op, node.first_source)
         for row in by_name.get(name, ()):
             if row.op in ("", op_name(node.op)):
                 places[row.site, layer] = Place(row.site, layer, node.name, node.op)
         if name == "kq_soft_max":
             scales[layer] = node.scale
-        weight = re.fullmatch(r"blk\.(\d+)\.(.+)", node.first_source)
-        if node.name.startswith("node_") and weight and weight[2] in by_weight:
-            row = by_weight[weight[2]]
-            if row.op in ("", op_name(node.op)):
-                places[row.site, int(weight[1])] = Place(row.site, int(weight[1]), "", node.op, node.first_source)
     for (site, layer), place in places.items():
         if site == "attn_scores":
             places[site, layer] = Place(site, layer, place.name, place.op, scale=scales[layer])
@@ -158,10 +153,3 @@ class Watch:
         place = self._by_weight.get(tensor.src[0].contents.name) if tensor.src[0] else None
         return place if place is not None and place.op == tensor.op else None
 
-
-def require(places: dict[Where, Place], where: Where, label: str) -> Place:
-    place = places.get(where)
-    if place is None:
-        at = "" if where[1] is None else f" in layer {where[1]}"
-        raise LayerscopeError(f"{label} has no site {where[0]!r}{at} to edit.")
-    return place

@@ -19,7 +19,7 @@ class Node:
 
     name    ggml's name without "-L"; empty: the node has no name of its own
     op      ggml's op; empty: any
-    weight  for a nameless MUL_MAT: its weight, without "blk.L."
+    weight  in place of a name: the weight that an op multiplies with, without "blk.L."; `op` is needed then
     """
 
     site: str
@@ -30,15 +30,9 @@ class Node:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the engine must know of one architecture beyond its header.
-
-    rotary_interleaved: the converter from Hugging Face reordered the rows of W_Q and W_K, so that RoPE turns the pairs
-    (2i, 2i + 1) of a head and not (i, i + d_head/2). The engine undoes this on q, k, rot_q and rot_k: the numbers it hands
-    out stand in the order of the original checkpoint, the same as in the PyTorch engine.
-    """
+    """What the engine must know of one architecture beyond its header."""
 
     nodes: tuple[Node, ...]
-    rotary_interleaved: bool = False
 
 
 _EMBEDDING = (Node("embed", "embd", "GET_ROWS"),)
@@ -78,7 +72,7 @@ _OUTPUT = (Node("ln_final_out", "result_norm"), Node("logits", "result_output"))
 
 ARCHITECTURES: Mapping[str, Architecture] = {
     # Llama, Mistral and Mixtral files: the last two carry the same name.
-    "llama": Architecture(_EMBEDDING + _ATTENTION + _ATTENTION_OUT + _MLP + _EXPERTS + _OUTPUT, rotary_interleaved=True),
+    "llama": Architecture(_EMBEDDING + _ATTENTION + _ATTENTION_OUT + _MLP + _EXPERTS + _OUTPUT),
 }
 
 

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
-from components.figures.theme import LINES, MONO, colours, compact, diverging, escape, figure, number, scale_bar, sequential, span, template, token_ticks
+from components.figures.theme import LINES, MONO, colours, compact, diverging, escape, figure, number, scale_bar, sequential, span, template, token_ticks, with_scale
 
 STATISTIC_TITLES = {
     "mean": "mean", "std": "standard deviation", "min": "min", "max": "max", "abs_max": "largest |x|", "sparsity": "share below 1e-5", "kurtosis": "kurtosis",
@@ -32,7 +32,7 @@ def norms_heatmap(norms: NDArray[np.floating], layers: Sequence[int | str], labe
     high = float(finite.max()) if len(finite) else 1.0
     cells = go.Heatmap(z=compact(np.where(np.isfinite(shown), shown, np.nan)), customdata=hovers, hovertemplate="%{customdata}<extra></extra>", hoverongaps=True,
                        zmin=low, zmax=high if high > low else low + 1, colorscale=sequential(theme), colorbar=bar, **_gaps(shown))  # fmt: skip
-    found = figure(theme, cells, margin={"l": 8, "r": 8, "t": 8, "b": 56})
+    found = figure(theme, cells, **({"plot_bgcolor": colours(theme)["line"]} if _gaps(shown) else {}))
     if chosen is not None and chosen[0] in layers:
         row = list(layers).index(chosen[0])
         found.add_shape(type="rect", x0=chosen[1] - 0.5, x1=chosen[1] + 0.5, y0=row - 0.5, y1=row + 0.5, line={"color": colours(theme)["accent"], "width": 2})
@@ -40,7 +40,7 @@ def norms_heatmap(norms: NDArray[np.floating], layers: Sequence[int | str], labe
     found.update_xaxes(side="top", tickangle=-45, showgrid=False, zeroline=False, **token_ticks(labels))
     found.update_yaxes(showgrid=False, zeroline=False, tickmode="array", tickvals=list(range(0, len(layers), step)),
                        ticktext=[f"L{layer}" if isinstance(layer, int) else layer for layer in list(layers)[::step]])  # fmt: skip
-    return found
+    return with_scale(found, "L2 norm, log scale" if log else "L2 norm", theme)
 
 
 def token_dimension_map(values: NDArray[np.floating], edges: tuple[NDArray[np.int64], NDArray[np.int64]], labels: Sequence[str], limit: float,
@@ -53,14 +53,13 @@ def token_dimension_map(values: NDArray[np.floating], edges: tuple[NDArray[np.in
     rows, columns = edges
     row_names = [_row_name(labels, *span(rows, i)) for i in range(len(rows) - 1)]
     width = int(columns[1] - columns[0])
-    exact = width == 1 and len(rows) - 1 == rows[-1]
     said = "dimension %{x}" if width == 1 else f"{width} dimensions from %{{x}}, the largest |x|:"
     cells = go.Heatmap(
         z=compact(values), x=columns[:-1].astype(np.int32), y=row_names, zmid=0, zmin=-limit, zmax=limit, colorscale=diverging(theme),
-        hovertemplate=f"%{{y}}<br>{said if width == 1 or not exact else 'dimension %{x}'}<br>%{{z:.5g}}<extra></extra>",
-        colorbar=scale_bar(f"activation; colour saturates at ±{number(limit)}", tickvals=[-limit, 0, limit], tickformat=".3~g"),
+        hovertemplate=f"%{{y}}<br>{said}<br>%{{z:.5g}}<extra></extra>",
+        colorbar=scale_bar(tickvals=[-limit, 0, limit], tickformat=".3~g"),
     )  # fmt: skip
-    found = figure(theme, cells, margin={"l": 8, "r": 8, "t": 8, "b": 56})
+    found = figure(theme, cells)
     shown = max(1, -(-len(row_names) // 40))
     found.update_yaxes(type="category", autorange="reversed", showgrid=False, tickmode="array", tickvals=row_names[::shown], ticktext=row_names[::shown],
                        tickfont={"family": MONO, "size": 11})  # fmt: skip
@@ -72,40 +71,37 @@ def token_dimension_map(values: NDArray[np.floating], edges: tuple[NDArray[np.in
     if position is not None and 0 <= position < rows[-1]:
         row = int(np.searchsorted(rows, position, side="right")) - 1
         found.add_shape(type="rect", xref="paper", x0=0, x1=1, y0=row - 0.5, y1=row + 0.5, line={"color": colours(theme)["accent"], "width": 1.5})
-    return found
+    return with_scale(found, f"activation; the colour saturates at ±{number(limit)}", theme)
 
 
 def statistics_lines(statistics: Mapping[str, NDArray[np.floating]], layers: Sequence[int], names: Sequence[str] = ("std", "abs_max", "kurtosis", "sparsity"),
                      chosen: int | None = None, theme: str = "light") -> go.Figure:  # fmt: skip
     """Small multiples: one statistic each, over the layers. statistics: name -> (layer,); each has its own axis, since their units differ."""
-    n_rows = -(-len(names) // 2)
-    found = make_subplots(rows=n_rows, cols=2, shared_xaxes=True, horizontal_spacing=0.12, vertical_spacing=0.2,
-                          subplot_titles=[STATISTIC_TITLES[name] for name in names])  # fmt: skip
+    found = make_subplots(rows=1, cols=len(names), horizontal_spacing=0.05, subplot_titles=[STATISTIC_TITLES[name] for name in names])
     line = LINES["dark" if theme == "dark" else "light"][0]
     for i, name in enumerate(names):
         found.add_trace(
             go.Scatter(x=list(layers), y=compact(statistics[name]), mode="lines+markers", line={"color": line, "width": 1.5}, marker={"size": 5},
                        hovertemplate=f"layer %{{x}}<br>{STATISTIC_TITLES[name]} %{{y:.5g}}<extra></extra>"),
-            row=i // 2 + 1, col=i % 2 + 1,
+            row=1, col=i + 1,
         )  # fmt: skip
     if chosen is not None:
         found.add_vline(x=chosen, line={"color": colours(theme)["line-strong"], "width": 1, "dash": "dot"})
     found.update_layout(template=template(theme), margin={"l": 8, "r": 8, "t": 28, "b": 8})
     found.update_annotations(font={"size": 12, "color": colours(theme)["ink-2"]})
-    found.update_xaxes(dtick=max(1, len(layers) // 8))
-    found.update_xaxes(title="layer", row=n_rows)
-    found.update_yaxes(rangemode="tozero", nticks=5)
+    found.update_xaxes(dtick=max(1, len(layers) // 8), title="layer", zeroline=False)
+    found.update_yaxes(rangemode="tozero", nticks=5, exponentformat="e")
     return found
 
 
 def _norm_scale(norms: NDArray[np.floating], log: bool) -> tuple[NDArray[np.floating], dict[str, object]]:
     if not log:
-        return norms, scale_bar("L2 norm")
+        return norms, scale_bar(nticks=5)
     with np.errstate(divide="ignore"):
         shown = np.log10(norms)
     finite = shown[np.isfinite(shown)]
     powers = [p for p in range(-8, 9) if len(finite) and finite.min() - 0.3 <= p <= finite.max() + 0.3]
-    return shown, scale_bar("L2 norm, log scale", tickvals=powers, ticktext=[f"{10.0**p:g}" for p in powers])
+    return shown, scale_bar(tickvals=powers, ticktext=[f"{10.0**p:g}" for p in powers])
 
 
 def _row_name(labels: Sequence[str], first: int, last: int) -> str:

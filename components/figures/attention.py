@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from components.figures.theme import colours, compact, escape, figure, scale_bar, sequential, span, token_ticks
+from components.figures.theme import colours, compact, escape, figure, scale_bar, sequential, span, token_ticks, with_scale
 
 LARGEST = 256  # cells a side: more would be finer than the pixels of a card
 
@@ -44,10 +44,11 @@ def attention_pattern(
     row_labels = [labels[int(at)] for at in rows[:-1]]
     column_labels = [labels[int(at)] for at in columns[:-1]]
     side = max(values.shape)
-    found = figure(theme, top, shapes=_outline(values.shape, theme) + _frame(rows, position, values.shape[1], theme), margin={"l": 8, "r": 8, "t": 8, "b": 52})
+    found = figure(theme, top, shapes=_outline(values.shape, theme) + _frame(rows, position, values.shape[1], theme))
     found.update_xaxes(side="top", tickangle=-45, showgrid=False, zeroline=False, range=[-0.5, side - 0.5], constrain="domain", **token_ticks(column_labels))
-    found.update_yaxes(autorange=False, range=[side - 0.5, -0.5], showgrid=False, zeroline=False, scaleanchor="x", constrain="domain", **token_ticks(row_labels))
-    return found
+    found.update_yaxes(autorange=False, range=[side - 0.5, -0.5], showgrid=False, zeroline=False, scaleanchor="x", constrain="domain", constraintoward="top",
+                       **token_ticks(row_labels))  # fmt: skip
+    return with_scale(found, "probability, square root scale" if sqrt else "probability", theme)
 
 
 def head_heatmap(values: NDArray[np.floating], layers: Sequence[int], title: str, chosen: tuple[int, int] | None = None, theme: str = "light",
@@ -59,9 +60,9 @@ def head_heatmap(values: NDArray[np.floating], layers: Sequence[int], title: str
     finite = values[np.isfinite(values)]
     top = limit if limit is not None else float(finite.max()) if len(finite) else 1.0
     hovers = np.array([[f"head {layer}.{h}<br>{escape(title)} {v:.4f}" for h, v in enumerate(row)] for layer, row in zip(layers, values, strict=True)])
-    cells = go.Heatmap(z=compact(values), customdata=hovers, hovertemplate="%{customdata}<extra></extra>", zmin=0, zmax=top or 1.0, xgap=2, ygap=2,
-                       colorscale=sequential(theme), colorbar=scale_bar(escape(title)), hoverongaps=False)  # fmt: skip
-    found = figure(theme, cells, margin={"l": 8, "r": 8, "t": 8, "b": 52})
+    cells = go.Heatmap(z=compact(values), customdata=hovers, hovertemplate="%{customdata}<extra></extra>", zmin=0, zmax=top or 1.0, xgap=1, ygap=1,
+                       colorscale=sequential(theme), colorbar=scale_bar(nticks=4), hoverongaps=False)  # fmt: skip
+    found = figure(theme, cells, plot_bgcolor=colours(theme)["line"])
     if chosen is not None and chosen[0] in layers:
         row = list(layers).index(chosen[0])
         found.add_shape(type="rect", x0=chosen[1] - 0.5, x1=chosen[1] + 0.5, y0=row - 0.5, y1=row + 0.5, line={"color": colours(theme)["accent"], "width": 2})
@@ -69,7 +70,7 @@ def head_heatmap(values: NDArray[np.floating], layers: Sequence[int], title: str
     found.update_xaxes(title="head", side="top", showgrid=False, zeroline=False, dtick=max(1, values.shape[1] // 24))
     found.update_yaxes(autorange="reversed", showgrid=False, zeroline=False, tickmode="array", tickvals=list(range(0, len(layers), step)),
                        ticktext=[f"L{layer}" for layer in list(layers)[::step]])  # fmt: skip
-    return found
+    return with_scale(found, title, theme)
 
 
 def _hovers(values: NDArray[np.floating], labels: Sequence[str], rows: Edges, columns: Edges) -> NDArray[np.object_]:
@@ -90,9 +91,9 @@ def _name(labels: Sequence[str], first: int, last: int) -> str:
 
 def _probability_bar(sqrt: bool) -> dict[str, object]:
     if not sqrt:
-        return scale_bar("probability", tickvals=[0, 0.5, 1])
+        return scale_bar(tickvals=[0, 0.5, 1])
     marks = [0, 0.01, 0.1, 0.25, 0.5, 1]
-    return scale_bar("probability, square root scale", tickvals=[m**0.5 for m in marks], ticktext=[f"{m:g}" for m in marks])
+    return scale_bar(tickvals=[m**0.5 for m in marks], ticktext=[f"{m:g}" for m in marks])
 
 
 def _outline(shape: tuple[int, ...], theme: str) -> list[dict[str, object]]:

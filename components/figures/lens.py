@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
-from components.figures.theme import LINES, MONO, colours, compact, escape, figure, number, scale_bar, sequential, template, token_ticks
+from components.figures.theme import LINES, MONO, colours, compact, escape, figure, number, scale_bar, sequential, template, token_ticks, with_scale
 
 MODES = {
     "probability": "probability of the top token",
@@ -37,45 +37,56 @@ def lens_table(values: NDArray[np.floating], top_texts: Sequence[Sequence[Sequen
                         for p in range(len(labels))] for r in range(len(rows))], dtype=object)  # fmt: skip
     cells = go.Heatmap(
         z=compact(shown), x=np.arange(first, first + len(labels), dtype=np.int32), text=written, texttemplate="%{text}", textfont={"family": MONO, "size": 11},
-        customdata=hovers, hovertemplate="%{customdata}<extra></extra>", zmin=limits[0], zmax=limits[1], colorscale=sequential(theme), xgap=2, ygap=2,
+        customdata=hovers, hovertemplate="%{customdata}<extra></extra>", zmin=limits[0], zmax=limits[1], colorscale=sequential(theme), xgap=1, ygap=1,
         colorbar=bar,
     )  # fmt: skip
-    found = figure(theme, cells, margin={"l": 8, "r": 8, "t": 8, "b": 52})
+    found = figure(theme, cells, plot_bgcolor=colours(theme)["line"])
     ticks = token_ticks(labels, most=len(labels))
     ticks["tickvals"] = [first + at for at in ticks["tickvals"]]
     found.update_xaxes(side="top", tickangle=0 if len(labels) <= 24 else -45, showgrid=False, zeroline=False, **ticks)
     found.update_yaxes(showgrid=False, zeroline=False, tickmode="array", tickvals=list(range(len(rows))), ticktext=[row_label(r) for r in rows])
     if position is not None and first <= position < first + len(labels):
         found.add_shape(type="rect", x0=position - 0.5, x1=position + 0.5, y0=-0.5, y1=len(rows) - 0.5, line={"color": colours(theme)["accent"], "width": 2})
-    return found
+    return with_scale(found, f"{MODES[mode]}, log scale" if mode == "rank" else MODES[mode], theme)
 
 
-def depth_curves(curves: Mapping[str, NDArray[np.floating]], rows: Sequence[str], theme: str = "light", log: Sequence[str] = ()) -> go.Figure:
-    """Quantities at one position through depth, one small plot each above a shared axis. curves: title -> (row,); `log` titles have a log axis."""
-    found = make_subplots(rows=len(curves), cols=1, shared_xaxes=True, vertical_spacing=0.14, subplot_titles=[escape(title) for title in curves])
+def depth_curves(curves: Mapping[str, NDArray[np.floating]], rows: Sequence[str], theme: str = "light", ranks: Sequence[str] = (),
+                 side_by_side: bool = False) -> go.Figure:  # fmt: skip
+    """Quantities at one position through depth, a small plot each, since their units differ.
+
+    curves: title -> (row,). Titles in `ranks` are ranks from 1, drawn on a log axis with the best at the top.
+    """
+    n = len(curves)
+    found = make_subplots(rows=1 if side_by_side else n, cols=n if side_by_side else 1, shared_xaxes=not side_by_side, vertical_spacing=0.14,
+                          horizontal_spacing=0.08, subplot_titles=[escape(title) for title in curves])  # fmt: skip
     palette = LINES["dark" if theme == "dark" else "light"]
-    at = list(range(len(rows)))
+    at, names = list(range(len(rows))), [row_label(r) for r in rows]
     for i, (title, values) in enumerate(curves.items()):
-        found.add_trace(
-            go.Scatter(x=at, y=compact(values), mode="lines+markers", line={"color": palette[i % len(palette)], "width": 2}, marker={"size": 6},
-                       customdata=[row_label(r) for r in rows], hovertemplate="%{customdata}<br>%{y:.5g}<extra></extra>"),
-            row=i + 1, col=1,
-        )  # fmt: skip
-        found.update_yaxes(row=i + 1, col=1, nticks=5, **({"type": "log", "dtick": 1} if title in log else {"rangemode": "tozero"}))
+        place = {"row": 1, "col": i + 1} if side_by_side else {"row": i + 1, "col": 1}
+        line = go.Scatter(x=at, y=compact(values), mode="lines+markers", line={"color": palette[i % len(palette)], "width": 2}, marker={"size": 6},
+                          customdata=names, hovertemplate="%{customdata}<br>%{y:.5g}<extra></extra>")  # fmt: skip
+        found.add_trace(line, **place)
+        axis = _rank_axis(values) if title in ranks else {"rangemode": "tozero", "nticks": 5}
+        found.update_yaxes(**axis, **place)
     step = max(1, len(rows) // 16)
     found.update_layout(template=template(theme), margin={"l": 8, "r": 12, "t": 26, "b": 8})
-    found.update_annotations(font={"size": 12, "color": colours(theme)["ink-2"]}, x=0, xanchor="left")
-    found.update_xaxes(tickmode="array", tickvals=at[::step], ticktext=[row_label(r) for r in list(rows)[::step]])
+    found.update_annotations(font={"size": 12, "color": colours(theme)["ink-2"]})
+    found.update_xaxes(tickmode="array", tickvals=at[::step], ticktext=names[::step], zeroline=False)
     return found
 
 
 def target_curves(logprobs: NDArray[np.floating], ranks: NDArray[np.integer], rows: Sequence[str], token: str, theme: str = "light") -> go.Figure:
-    """Probability and rank of one token at one position through depth. logprobs, ranks: (row,); ranks count from 0 and are drawn from 1, on a log axis, best at the top."""
-    shown = f"{token[:24]}"
-    probability, rank = f"probability of {shown}", f"rank of {shown} (1 = best)"
-    found = depth_curves({probability: np.exp(logprobs.astype(np.float64)), rank: ranks.astype(np.float64) + 1}, rows, theme, log=(rank,))
-    found.update_yaxes(row=2, col=1, autorange="reversed")
-    return found
+    """Probability and rank of one token at one position through depth. logprobs (row,) in nats; ranks (row,) from 0, drawn from 1."""
+    probability, rank = f"probability of {token}", f"rank of {token}, 1 = best"
+    curves = {probability: np.exp(logprobs.astype(np.float64)), rank: ranks.astype(np.float64) + 1}
+    return depth_curves(curves, rows, theme, ranks=(rank,), side_by_side=True)
+
+
+def _rank_axis(ranks: NDArray[np.floating]) -> dict[str, Any]:
+    """A log axis from just above rank 1 at the top to the worst rank, marked at powers of ten."""
+    decades = max(1.0, float(np.ceil(np.log10(np.nanmax(ranks)))))
+    marks = [10**d for d in range(int(decades) + 1)]
+    return {"type": "log", "range": [decades, -0.12], "tickmode": "array", "tickvals": marks, "ticktext": [f"{m:,}" for m in marks], "zeroline": False}
 
 
 def row_label(row: str) -> str:
@@ -90,13 +101,13 @@ def _colour(values: NDArray[np.floating], mode: str) -> tuple[NDArray[np.floatin
             shown = np.where(values >= 0, -np.log10(np.maximum(values, 0) + 1.0), np.nan)
         lowest = min(-1.0, float(np.nanmin(shown)) if np.isfinite(shown).any() else -1.0)
         decades = list(range(int(np.floor(lowest)), 1))
-        bar = scale_bar("rank of the token that follows, log scale", tickvals=decades, ticktext=[f"{10**-d:,}" for d in decades])
+        bar = scale_bar(tickvals=decades, ticktext=[f"{10**-d:,}" for d in decades])
         return shown, (lowest, 0.0), bar
     if mode == "probability":
-        return values, (0.0, 1.0), scale_bar(MODES[mode], tickvals=[0, 0.5, 1])
+        return values, (0.0, 1.0), scale_bar(tickvals=[0, 0.5, 1])
     finite = values[np.isfinite(values)]
     top = float(finite.max()) if len(finite) and finite.max() > 0 else 1.0
-    return values, (0.0, top), scale_bar(MODES[mode])
+    return values, (0.0, top), scale_bar(nticks=4)
 
 
 def _cell_text(token: str, value: float, mode: str) -> str:

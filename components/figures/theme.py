@@ -40,6 +40,8 @@ LINES: dict[str, tuple[str, ...]] = {
 
 Scale = list[list[Any]]
 
+_BAR, _BELOW = 170, 46  # pixels: length of the scale bar, room under the picture for it
+
 
 def colours(theme: str) -> dict[str, str]:
     """Colour names of one theme; anything but "dark" is light."""
@@ -61,7 +63,8 @@ def diverging(theme: str) -> Scale:
 def template(theme: str) -> go.layout.Template:
     """Transparent paper, hairline grid, small quiet type."""
     c = colours(theme)
-    axis = {"gridcolor": c["line"], "linecolor": c["line-strong"], "zerolinecolor": c["line-strong"], "zerolinewidth": 1, "ticks": "", "automargin": True,
+    axis = {"gridcolor": c["line"], "linecolor": c["line-strong"], "zerolinecolor": c["line-strong"], "zerolinewidth": 1,
+            "ticks": "outside", "ticklen": 4, "tickcolor": "rgba(0,0,0,0)", "automargin": True,
             "title": {"font": {"size": 12, "color": c["ink-3"]}, "standoff": 8}, "tickfont": {"color": c["ink-2"]}}  # fmt: skip
     hover = {"bgcolor": c["surface"], "bordercolor": c["line-strong"], "font": {"family": MONO, "size": 12, "color": c["ink"]}, "align": "left"}
     layout = {
@@ -78,10 +81,25 @@ def figure(theme: str, *traces: Any, **layout: Any) -> go.Figure:
     return go.Figure(data=list(traces), layout={"template": template(theme), **layout})
 
 
-def scale_bar(title: str, **extra: Any) -> dict[str, Any]:
-    """A slim horizontal scale bar under the picture's left edge, with its unit."""
-    return {"orientation": "h", "thickness": 8, "len": 190, "lenmode": "pixels", "x": 0, "xanchor": "left", "y": 0, "yref": "container", "yanchor": "bottom",
-            "outlinewidth": 0, "ypad": 6, "xpad": 0, "tickfont": {"size": 11}, "title": {"text": title, "side": "top", "font": {"size": 11}}, **extra}  # fmt: skip
+def no_figure(theme: str, text: str) -> go.Figure:
+    """An empty figure that says why."""
+    hidden = {"visible": False}
+    note = {"text": escape(text), "showarrow": False, "xref": "paper", "yref": "paper", "x": 0.5, "y": 0.5, "font": {"color": colours(theme)["ink-3"], "size": 13}}
+    return figure(theme, xaxis=hidden, yaxis=hidden, annotations=[note])
+
+
+def scale_bar(**marks: Any) -> dict[str, Any]:
+    """A slim horizontal scale bar under the picture's left edge; `marks` are tickvals and ticktext."""
+    return {"orientation": "h", "thickness": 8, "len": _BAR, "lenmode": "pixels", "x": 0, "xanchor": "left", "y": 0, "yref": "container", "yanchor": "bottom",
+            "outlinewidth": 0, "ypad": 4, "xpad": 0, "tickfont": {"size": 11}, **marks}  # fmt: skip
+
+
+def with_scale(found: go.Figure, title: str, theme: str) -> go.Figure:
+    """Makes room under the picture for its scale bar and writes the unit beside it."""
+    found.update_layout(margin={"b": _BELOW})
+    found.add_annotation(text=escape(title), showarrow=False, xref="paper", yref="paper", x=0, y=0, xanchor="left", yanchor="middle", xshift=_BAR + 18,
+                         yshift=24 - _BELOW, font={"size": 11, "color": colours(theme)["ink-2"]})  # fmt: skip
+    return found
 
 
 def escape(text: str) -> str:

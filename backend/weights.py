@@ -1,0 +1,276 @@
+"""Weights by name, read from the file when looked at: a Mapping over GGUF files and Hugging Face folders alike.
+
+    weights = open_weights("model.gguf")
+    weights["blocks.1.mlp.W_out"]                 float32 ndarray in file orientation (out, in), dequantized
+    weights.lazy("blocks.1.mlp.W_out")[3:5, :16]  the same, but only these rows are read and dequantized
+    weights.lazy("embed.W_E").shape               nothing is read
+
+Canonical names follow TransformerLens: embed.W_E, blocks.L.ln1.w, blocks.L.attn.W_Q/W_K/W_V/W_O (biases b_Q, ...), blocks.L.ln2.w,
+blocks.L.mlp.W_gate/W_in/W_out, blocks.L.mlp.W_router, blocks.L.mlp.experts.W_gate/W_in/W_out (expert, out, in), ln_final.w, unembed.W_U.
+Under them both formats give the same numbers: rows that the converter to GGUF reordered for RoPE stand in the checkpoint's order
+again. The file's own names are accepted as well and give the tensor as it is stored. Tied embeddings appear under both names.
+
+Files are read with pread and never mapped, so a file that shrinks meanwhile is an error and not a crash.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from backend.errors import LayerscopeError
+from backend.gguf_header import GgufHeader, model_info, read_header
+from backend.hf_config import TensorEntry, check_folder
+from backend.model_info import ModelInfo
+from backend.weight_names import GGUF_NAMES, HF_NAMES, ROTARY_INTERLEAVED
+
+_FLOATS: dict[str, type[np.generic]] = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
+
+
+class _Rows(Protocol):
+    """The innermost axis of a stored tensor, row by row."""
+
+    def read(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Rows of the given numbers, (len(rows), columns)."""
+
+
+@dataclass(frozen=True)
+class _FileRows:
+    """Rows that lie one after the other in a file. `type_id`: ggml's type, None for a plain float named by `dtype`."""
+
+    path: Path
+    offset: int
+    columns: int
+    row_bytes: int
+    dtype: str
+    type_id: int | None = None
+
+    def read(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        out = np.empty((len(rows), self.columns), np.float32)
+        breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            for run in np.split(np.arange(len(rows)), breaks):
+                if len(run):
+                    out[run] = self._decode(_read_exactly(descriptor, self.path, self.offset + int(rows[run[0]]) * self.row_bytes, len(run) * self.row_bytes))
+        finally:
+            os.close(descriptor)
+        return out
+
+    def _decode(self, data: bytes) -> NDArray[np.float32]:
+        if self.dtype in _FLOATS:
+            return np.frombuffer(data, _FLOATS[self.dtype]).reshape(-1, self.columns).astype(np.float32)
+        if self.dtype == "BF16":
+            return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(-1, self.columns)
+        if self.type_id is None:
+            raise LayerscopeError(f"{self.path.name} stores weights as {self.dtype}, which cannot be read; F16, BF16, F32 and F64 can.")
+        from backend.engines.ggml import dequantize  # libggml-base alone, and only where a weight is quantized
+
+        return dequantize(self.type_id, data, len(data) // self.row_bytes * self.columns).reshape(-1, self.columns)
+
+
+@dataclass(frozen=True)
+class _StackedRows:
+    """Equal matrices, such as the experts of one layer, one after the other."""
+
+    parts: tuple[_FileRows, ...]
+    rows_each: int
+
+    def read(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        out = np.empty((len(rows), self.parts[0].columns), np.float32)
+        owner = rows // self.rows_each
+        for part in np.unique(owner):
+            out[owner == part] = self.parts[part].read(rows[owner == part] % self.rows_each)
+        return out
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor, not read yet. Indexing gives float32; ints, slices, an ellipsis and one list of ints are understood.
+
+    `row_order[i]` is the stored row that is row i here. `native`: the file's own name or names.
+    """
+
+    name: str
+    native: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    rows: _Rows
+    row_order: NDArray[np.int64] | None = None
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    def __getitem__(self, key: Any) -> NDArray[np.float32]:
+        index = _full_index(key, self.shape)
+        if self.ndim == 1:
+            values = self.rows.read(np.zeros(1, np.int64))[0]
+            return values[index[0]] if self.row_order is None else values[self.row_order][index[0]]
+        leading = np.arange(math.prod(self.shape[:-1]), dtype=np.int64).reshape(self.shape[:-1])[index[:-1]]
+        stored = leading if self.row_order is None else self.row_order[leading]
+        values = self.rows.read(stored.reshape(-1)).reshape(*leading.shape, self.shape[-1])
+        return values[..., index[-1]]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        return self[...].astype(dtype or np.float32, copy=False)
+
+
+class Weights(Mapping[str, NDArray[np.float32]]):
+    """Canonical name -> float32 ndarray, in model order; `lazy(name)` gives the handle instead."""
+
+    def __init__(self, info: ModelInfo, canonical: Mapping[str, Weight], native: Mapping[str, Weight]) -> None:
+        self.info = info
+        self._canonical, self._native = canonical, native
+
+    def lazy(self, name: str) -> Weight:
+        """The handle of a weight by its canonical or its native name; raises LayerscopeError for a name that does not exist."""
+        weight = self._canonical.get(name) or self._native.get(name)
+        if weight is None:
+            raise LayerscopeError(f"{self.info.name} has no weight {name[:80]!r}.")
+        return weight
+
+    @property
+    def native_names(self) -> tuple[str, ...]:
+        return tuple(self._native)
+
+    def __getitem__(self, name: str) -> NDArray[np.float32]:
+        return self.lazy(name)[...]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._canonical or name in self._native
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._canonical)
+
+    def __len__(self) -> int:
+        return len(self._canonical)
+
+
+def open_weights(path: str | Path) -> Weights:
+    """The weights of a GGUF file or of a folder of safetensors; only headers are read.
+
+    Raises LayerscopeError for what cannot be opened, with the reason. A GGUF architecture without a row in backend.weight_names
+    has its native names only.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path)
+    header = read_header(path)
+    return _open_gguf(path, header, model_info(path, header))
+
+
+def _open_gguf(path: Path, header: GgufHeader, info: ModelInfo) -> Weights:
+    native = {
+        name: Weight(name, (name,), tensor.shape, tensor.type_name, tensor.nbytes, _gguf_rows(path, tensor)) for name, tensor in header.tensors.items()
+    }
+    names = GGUF_NAMES.get(info.architecture, {})
+    canonical: dict[str, Weight] = {}
+    for name, stored in _by_layer(names, info.n_layers):
+        weight = native.get(stored)
+        if weight is None and name == "unembed.W_U":
+            weight = native.get(names["embed.W_E"])
+        if weight is not None:
+            order = _row_order(name, weight.shape[0], info) if info.architecture in ROTARY_INTERLEAVED else None
+            canonical[name] = Weight(name, weight.native, weight.shape, weight.dtype, weight.nbytes, weight.rows, order)
+    return Weights(info, canonical, native)
+
+
+def _gguf_rows(path: Path, tensor: Any) -> _FileRows:
+    n_rows = math.prod(tensor.shape[:-1])
+    return _FileRows(path, tensor.offset, tensor.shape[-1], tensor.nbytes // n_rows, tensor.type_name, tensor.type_id)
+
+
+def _row_order(name: str, n_rows: int, info: ModelInfo) -> NDArray[np.int64] | None:
+    """Stored row of each of the checkpoint's rows of W_Q and W_K: ggml turns the pairs (2i, 2i + 1), transformers (i, i + d_head/2)."""
+    kind = name.rpartition(".")[2]
+    heads = {"W_Q": info.n_heads, "b_Q": info.n_heads, "W_K": info.n_kv_heads, "b_K": info.n_kv_heads}.get(kind)
+    if heads is None:
+        return None
+    return np.arange(n_rows, dtype=np.int64).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+
+
+def _open_folder(path: Path) -> Weights:
+    from backend.hf_config import model_info as folder_info
+
+    folder, info = check_folder(path), folder_info(path)
+    native = {name: _safetensors_weight(shard, name, entry) for shard, tensors in folder.shards.items() for name, entry in tensors.items()}
+    names = HF_NAMES[info.architecture]
+    canonical: dict[str, Weight] = {}
+    for name, stored in _by_layer(names, info.n_layers):
+        weight = native.get(stored)
+        if weight is None and name == "unembed.W_U" and folder.config.get("tie_word_embeddings"):
+            weight = native.get(names["embed.W_E"])
+        if weight is None and "{e}" in stored:
+            weight = _stack([native[one] for e in range(info.n_experts) if (one := stored.replace("{e}", str(e))) in native], info, name)
+        if weight is not None:
+            canonical[name] = Weight(name, weight.native, weight.shape, weight.dtype, weight.nbytes, weight.rows)
+    return Weights(info, canonical, native)
+
+
+def _safetensors_weight(shard: Path, name: str, entry: TensorEntry) -> Weight:
+    columns = entry.shape[-1] if entry.shape else 1
+    n_rows, n_bytes = math.prod(entry.shape[:-1]), entry.stop - entry.start
+    rows = _FileRows(shard, entry.start, columns, n_bytes // max(n_rows, 1), entry.dtype)
+    return Weight(name, (name,), entry.shape or (1,), entry.dtype, n_bytes, rows)
+
+
+def _stack(parts: Sequence[Weight], info: ModelInfo, name: str) -> Weight | None:
+    """The experts of one layer as one (expert, out, in) weight."""
+    if not parts:
+        return None
+    if len(parts) != info.n_experts or len({(part.shape, part.dtype) for part in parts}) > 1:
+        raise LayerscopeError(f"{info.name} has {len(parts)} of {info.n_experts} equal experts for {name}.")
+    first = parts[0]
+    rows = _StackedRows(tuple(part.rows for part in parts if isinstance(part.rows, _FileRows)), math.prod(first.shape[:-1]))
+    return Weight(name, tuple(part.name for part in parts), (len(parts), *first.shape), first.dtype, sum(part.nbytes for part in parts), rows)
+
+
+def _by_layer(names: Mapping[str, str], n_layers: int) -> Iterator[tuple[str, str]]:
+    """(canonical, stored) names with the layers filled in, in the order of a forward pass."""
+    blocks = {name: stored for name, stored in names.items() if name.startswith("blocks.")}
+    if "embed.W_E" in names:
+        yield "embed.W_E", names["embed.W_E"]
+    for layer in range(n_layers):
+        for name, stored in blocks.items():
+            yield name.replace("{}", str(layer)), stored.replace("{}", str(layer))
+    for name in ("ln_final.w", "unembed.W_U"):
+        if name in names:
+            yield name, names[name]
+
+
+def _full_index(key: Any, shape: tuple[int, ...]) -> tuple[Any, ...]:
+    """`key` with one entry for every axis; raises IndexError as NumPy would."""
+    parts = list(key) if isinstance(key, tuple) else [key]
+    dots = [i for i, part in enumerate(parts) if part is Ellipsis]
+    if len(dots) > 1 or len(parts) - len(dots) > len(shape):
+        raise IndexError(f"too many indices for a weight of shape {shape}")
+    at = dots[0] if dots else len(parts)
+    parts[at : at + len(dots)] = [slice(None)] * (len(shape) - len(parts) + len(dots))
+    lists = [part for part in parts if not isinstance(part, slice | int | np.integer)]
+    if len(lists) > 1 or any(np.ndim(part) != 1 for part in lists):
+        raise IndexError("a weight takes ints, slices and at most one list of ints")
+    return tuple(parts)
+
+
+def _read_exactly(descriptor: int, path: Path, offset: int, n: int) -> bytes:
+    chunks: list[bytes] = []
+    while n:
+        chunk = os.pread(descriptor, min(n, 1 << 30), offset)
+        if not chunk:
+            raise LayerscopeError(f"{path.name} became shorter while it was read: byte {offset:,} is gone.")
+        chunks.append(chunk)
+        offset, n = offset + len(chunk), n - len(chunk)
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)

@@ -1,0 +1,125 @@
+"""Trace: the overview of one run. What each position predicted, how sure it was, what was checked and how it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import dash
+import numpy as np
+from dash import Input, Output, State, callback, html
+
+from backend.trace import Trace
+from components.card import card, cards
+from components.controls import facts
+from components.services import services
+from components.token_label import token_label
+from components.token_strip import surprises
+from components.trace_view import integrity_table, trace_page
+
+dash.register_page(__name__, path="/trace", name="Overview", order=2, icon="scan-text", description="Tokens, predictions, integrity, metadata")
+
+REQUIRES: tuple[str, ...] = ()
+SHOWN_TOP = 3  # next tokens in a row of the table; the card of the chosen position shows all that were stored
+SHOWN_POSITIONS = 1500
+
+ABOUT_POSITIONS = (
+    "One row a token. Log-prob, in nats, is what the model gave to this token given those before it; rank 1 means that it was the model's first choice. Nothing predicts the first token.",
+    "Entropy, in nats, is that of the prediction made at this position for the token after it: 0 is certain, ln(vocabulary) knows nothing.",
+)
+ABOUT_INTEGRITY = (
+    "Identities that any faithful capture obeys, measured on this run's own values: the largest relative error found, and the tolerance for this precision and quantization.",
+    "Quantized kernels round inside a matrix product, so their tolerances are wider; each is stated.",
+)
+
+
+def layout(trace: str | None = None, **state: str) -> html.Div:
+    return trace_page(__name__, trace, REQUIRES, state, build, "What each position predicted.")
+
+
+def build(trace: Trace) -> list[Any]:
+    positions = card("Positions", _positions(trace), "Click a row, or a token above, to choose a position.", about=ABOUT_POSITIONS, className="tall")
+    chosen = card(html.Span("", id="top-title"), html.Div(id="top-list"), html.Span("", id="top-subtitle"))
+    integrity = card("Integrity", html.Div(integrity_table(trace), className="table-scroll"), "What was checked, and how closely it holds.", about=ABOUT_INTEGRITY)
+    made = card("How it was made", _metadata(trace))
+    return [html.Div([positions, html.Div([chosen, integrity, made], className="card-stack")], className="cards cards-wide-left")]
+
+
+def _positions(trace: Trace) -> html.Div:
+    lost, entropy, ranks = surprises(trace), trace.entropy, trace.next_ranks
+    ids, probs = trace.top_ids[:, :SHOWN_TOP], np.exp(trace.top_logprobs[:, :SHOWN_TOP])
+    names = [("", "num"), ("Token", ""), ("Id", "num"), ("Log-prob", "num"), ("Rank", "num"), ("Entropy", "num"), ("Predicts next", "")]
+    head = html.Thead(html.Tr([html.Th(name, className=look) for name, look in names]))
+    rows = [
+        _position_row(trace, at, -lost[at], int(ranks[at - 1]) if at else -1, float(entropy[at]), ids[at], probs[at])
+        for at in range(min(trace.n_tokens, SHOWN_POSITIONS))
+    ]
+    cut = html.P(f"The first {SHOWN_POSITIONS:,} of {trace.n_tokens:,} positions.", className="muted small") if trace.n_tokens > SHOWN_POSITIONS else None
+    return html.Div([html.Table([head, html.Tbody(rows)], className="ls-table positions"), cut], className="table-scroll table-fill")
+
+
+def _position_row(trace: Trace, at: int, log_prob: float, rank: int, entropy: float, ids: Any, probs: Any) -> html.Tr:
+    label = token_label(trace.token_texts[at], at in trace.special, 24)
+    mark = html.Span("new", className="badge badge-accent", title="generated") if at >= trace.n_prompt else None
+    guesses = [_guess(trace.token_text(i), float(p)) for i, p in zip(ids, probs, strict=True)]
+    cells = [html.Td(at, className="num muted"), html.Td([html.Span(label, className="chip-token"), " ", mark], className="nowrap"), html.Td(trace.token_ids[at], className="num muted")]
+    numbers = ["" if np.isnan(log_prob) else f"{log_prob:.2f}", "" if rank < 0 else f"{rank + 1:,}", f"{entropy:.2f}"]
+    return html.Tr([*cells, *(html.Td(text, className="num") for text in numbers), html.Td(guesses, className="guesses")], tabIndex=0, **{"data-pos": at})
+
+
+def _guess(text: str, prob: float) -> html.Span:
+    return html.Span([html.Span(token_label(text, max_length=16), className="chip-token"), html.Span(f" {prob:.2f}", className="muted small")], className="guess")
+
+
+@callback(
+    Output("top-list", "children"), Output("top-title", "children"), Output("top-subtitle", "children"),
+    Input("position", "data"), State("page-state", "data"),
+)  # fmt: skip
+def show_top(position: int | None, page: Mapping[str, Any]) -> tuple[Any, str, str]:
+    """Every stored next token of the chosen position, with its probability as a bar."""
+    trace = services().library.open(page["trace"])
+    at = min(max(position if position is not None else page["position"], 0), trace.n_tokens - 1)
+    follows = trace.token_ids[at + 1] if at + 1 < trace.n_tokens else None
+    rows = [_top_row(trace, rank, int(i), float(np.exp(lp)), int(i) == follows) for rank, (i, lp) in enumerate(zip(trace.top_ids[at], trace.top_logprobs[at], strict=True))]
+    head = html.Thead(html.Tr([html.Th("", className="num"), html.Th("Token"), html.Th("Id", className="num"), html.Th("Probability"), html.Th("", className="num")]))
+    label = token_label(trace.token_texts[at], at in trace.special, 24)
+    rest = 1.0 - float(np.exp(trace.top_logprobs[at]).sum())
+    what = f"Position {at}. " + (f"Then comes {token_label(trace.token_texts[at + 1], at + 1 in trace.special, 24)} (marked). " if follows is not None else "")
+    table = html.Div(html.Table([head, html.Tbody(rows)], className="ls-table compact"), className="table-scroll table-tall")
+    return table, f"Next token after {label}", f"{what}All other tokens together: {max(rest, 0.0):.3f}."
+
+
+def _top_row(trace: Trace, rank: int, token_id: int, prob: float, follows: bool) -> html.Tr:
+    bar = html.Span(className="bar", style={"width": f"{100 * prob:.1f}%"})
+    token = html.Td(html.Span(token_label(trace.token_text(token_id), max_length=24), className="chip-token"), className="nowrap")
+    cells = [html.Td(rank + 1, className="num muted"), token, html.Td(token_id, className="num muted"), html.Td(bar, className="bar-cell"), html.Td(f"{prob:.4f}", className="num")]
+    return html.Tr(cells, className="chosen" if follows else "")
+
+
+def _metadata(trace: Trace) -> html.Div:
+    info, meta = trace.info, trace.metadata
+    timings, capture = meta.get("timings") or {}, meta.get("capture") or {}
+    heads = f"{info.n_heads} heads, {info.n_kv_heads} key/value heads" if info.n_kv_heads != info.n_heads else f"{info.n_heads} heads"
+    experts = f", {info.n_experts} experts of which {info.n_experts_used} per token" if info.is_moe else ""
+    shown = {
+        "Model": f"{info.name}: {info.architecture}, {info.n_params / 1e6:,.1f} M parameters, {info.quantization}",
+        "Shape": f"{info.n_layers} layers, {heads}, d_model {info.d_model:,}, vocabulary {info.d_vocab:,}{experts}",
+        "Engine": trace.engine_version or trace.engine,
+        "Prompt": html.Span(trace.prompt, className="mono wrap"),
+        "Answer": html.Span(trace.response, className="mono wrap") if trace.response else None,
+        "Generation": _pairs(meta.get("generation")),
+        "Interventions": "none" if not meta.get("interventions") else "; ".join(_pairs(edit) for edit in meta["interventions"]),
+        "Sites": html.Span(", ".join(trace.stored), className="mono"),
+        "Layers": "all" if capture.get("layers") is None else ", ".join(map(str, capture["layers"])),
+        "Stored as": capture.get("precision"),
+        "Timings": ", ".join(f"{name.removesuffix('_s').replace('_', ' ')} {seconds:.2f} s" for name, seconds in timings.items()),
+        "Category": trace.category,
+        "Tags": ", ".join(trace.tags),
+        "Trace": html.Span(trace.id, className="mono"),
+        "Command": html.Span(" ".join(meta["command"]), className="mono") if meta.get("command") else None,
+    }
+    return html.Div(facts(shown))
+
+
+def _pairs(values: Mapping[str, Any] | None) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in (values or {}).items() if value is not None)
