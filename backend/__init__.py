@@ -10,6 +10,7 @@ It works without the server, the queue and Dash. Nothing heavy is imported befor
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -94,11 +95,15 @@ def open_model(source: str | Path, engine: str | None = None, device: str = "aut
     from backend.model_files import describe
 
     settings = _settings()
-    path = _shelf(settings).path_for(str(source))
-    info = describe(path)
-    check_model_fits(info, device)
+    shelf = _shelf(settings)
+    entry = shelf.resolve(str(source), confined=False)
+    path = shelf.ready(entry)
+    check_model_fits(describe(path), device)
     options = OpenOptions(device=device, n_gpu_layers=n_gpu_layers, n_ctx=n_ctx, n_threads=settings.n_threads, kv_cache=kv_cache, dtype=dtype)
-    return Model(open_engine(path, options, engine), settings.traces_dir)
+    opened = open_engine(path, options, engine)
+    # The shelf's name is the one by which the trace's model can be opened again.
+    opened.info = dataclasses.replace(opened.info, name=entry.name)
+    return Model(opened, settings.traces_dir)
 
 
 def open_trace(path_or_id: str | Path) -> Trace:

@@ -1,248 +1,34 @@
-"""A bounded reader of GGUF headers: what the file says about itself, checked before llama.cpp is allowed to see it.
+"""What a GGUF file says about its model, checked before llama.cpp is allowed to see it.
 
-Pure Python over ordinary reads (no mapping, so that a file that shrinks is a short read and not a SIGBUS), because the web process
-lists models from here and llama.cpp itself aborts or overruns on crafted files. Every count and length is held against a limit and
-against the bytes that are left before anything is allocated; every rejection is one LayerscopeError.
+llama.cpp aborts or overruns on crafted files, and the web process lists models: so both go through this module, pure Python.
 
-    read_header(path)           -> GgufHeader: metadata, tensors (name, shape, type, place), nothing of the weights
+    read_header(path)           -> GgufHeader: metadata, tensors (name, shape, type, place), nothing of the weights (gguf_format)
     model_info(path, header)    -> ModelInfo: sizes of the model, held against each other and against the tensors
-
-The layout is https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import struct
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn, overload
+from typing import Any, NoReturn
 
 import numpy as np
 
 from backend.errors import LayerscopeError
-from backend.ggml_types import FILE_TYPES, GGML_TYPES
+from backend.ggml_types import FILE_TYPES
+from backend.gguf_format import GgufHeader, StringArray, TensorInfo, read_header
 from backend.model_info import ModelInfo
 
-MAX_KEYS = 65_536
-MAX_TENSORS = 1_000_000
-MAX_KEY_BYTES = 65_535
-MAX_STRING_BYTES = 10 << 20
-MAX_STRINGS = 4_000_000  # in one array; the largest merge tables have about half a million
-MAX_METADATA_BYTES = 512 << 20
-MAX_TENSOR_NAME_BYTES = 63  # ggml's GGML_MAX_NAME, less the final zero
-MAX_ALIGNMENT = 1 << 20
+__all__ = ["GgufHeader", "StringArray", "TensorInfo", "model_info", "read_header"]
+
 MAX_LAYERS, MAX_WIDTH, MAX_VOCAB, MAX_EXPERTS = 4096, 1 << 20, 1 << 24, 4096
 
-_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-_STRING, _ARRAY, _UINT32 = 8, 9, 4
-
 # What is no text generator: encoders, vision towers, vocoders. llama.cpp loads some of them; there is no next token to look at.
-_NOT_GENERATORS = frozenset(
-    ("clip", "bert", "modern-bert", "nomic-bert", "nomic-bert-moe", "neo-bert", "eurobert", "jina-bert-v2", "jina-bert-v3", "t5", "t5encoder", "gemma-embedding", "wavtokenizer-dec")
-)
-
-
-class TensorInfo(NamedTuple):
-    """One tensor of the file. `shape` is NumPy's order (the reverse of ggml's ne); `offset` counts from the start of the file."""
-
-    name: str
-    shape: tuple[int, ...]
-    type_id: int
-    type_name: str
-    offset: int
-    nbytes: int
-
-
-class StringArray(Sequence[str]):
-    """An array of strings from the metadata, decoded when looked at; bytes that are no UTF-8 become U+FFFD."""
-
-    def __init__(self, raw: list[bytes]) -> None:
-        self.raw = raw
-
-    def __len__(self) -> int:
-        return len(self.raw)
-
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return [text.decode("utf-8", "replace") for text in self.raw[index]]
-        return self.raw[index].decode("utf-8", "replace")
-
-
-@dataclass(frozen=True)
-class GgufHeader:
-    """`metadata` values are int, float, bool, str, a NumPy array of numbers or a StringArray. Tensors keep the order of the file."""
-
-    version: int
-    metadata: dict[str, Any]
-    tensors: dict[str, TensorInfo]
-    data_offset: int
-    alignment: int
-    file_size: int
-
-
-class _Reader:
-    """Bounded little-endian reads; a length is checked against what is left before it is read."""
-
-    def __init__(self, file: BinaryIO, size: int, label: str) -> None:
-        self.file, self.size, self.label, self.at = file, size, label, 0
-
-    def refuse(self, what: str) -> NoReturn:
-        raise LayerscopeError(f"{self.label} is not a valid GGUF file: {what}.")
-
-    @property
-    def left(self) -> int:
-        return self.size - self.at
-
-    def take(self, n: int, what: str) -> bytes:
-        data = self.file.read(n) if n <= self.left else b""
-        if len(data) != n:
-            raise LayerscopeError(f"{self.label} is truncated: {what} at byte {self.at:,} needs {n:,} bytes, the file has {max(self.left, 0):,} more.")
-        self.at += n
-        return data
-
-    def number(self, code: str, what: str) -> Any:
-        return struct.unpack(code, self.take(struct.calcsize(code), what))[0]
-
-    def string(self, limit: int, what: str) -> bytes:
-        length = self.number("<Q", f"the length of {what}")
-        if length > limit:
-            self.refuse(f"{what} is {length:,} bytes long, the limit is {limit:,}")
-        return self.take(length, what)
-
-
-def read_header(path: Path) -> GgufHeader:
-    """Read and check the header of the GGUF file at `path`.
-
-    Raises LayerscopeError when the file is missing, no GGUF, truncated, or breaks a rule of the format or a limit of this module.
-    Time and memory are at most proportional to the header's size in the file.
-    """
-    path = Path(path)
-    try:
-        with path.open("rb") as file:
-            return _parse(_Reader(file, os.fstat(file.fileno()).st_size, path.name))
-    except OSError as error:
-        raise LayerscopeError(f"{path} cannot be read: {error.strerror or error}.") from None
-
-
-def _parse(reader: _Reader) -> GgufHeader:
-    if (magic := reader.take(4, "the magic")) != b"GGUF":
-        reader.refuse(f"it begins with {magic!r}, not with b'GGUF'")
-    version = reader.number("<I", "the version")
-    if version not in (2, 3):
-        swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
-        reader.refuse("it is big-endian" if swapped in (2, 3) else f"its version is {version}, and versions 2 and 3 are known")
-    n_tensors, n_keys = reader.number("<q", "the number of tensors"), reader.number("<q", "the number of keys")
-    # The smallest key takes 14 bytes (length, one letter, type, value), the smallest tensor 32.
-    for what, count, limit, smallest in (("tensors", n_tensors, MAX_TENSORS, 32), ("keys", n_keys, MAX_KEYS, 14)):
-        if not 0 <= count <= limit:
-            reader.refuse(f"it declares {count:,} {what}, the limit is {limit:,}")
-        if count * smallest > reader.left:
-            raise LayerscopeError(f"{reader.label} is truncated: it declares {count:,} {what}, and only {reader.left:,} bytes follow.")
-    metadata: dict[str, Any] = {}
-    for _ in range(n_keys):
-        key, value = _read_pair(reader)
-        if key in metadata:
-            reader.refuse(f"the key {key[:80]!r} stands there twice")
-        metadata[key] = value
-    alignment = metadata.get("general.alignment", 32)
-    if not 1 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
-        reader.refuse(f"general.alignment is {alignment:,}, not a power of two up to {MAX_ALIGNMENT:,}")
-    declared = [_read_tensor(reader) for _ in range(n_tensors)]
-    data_offset = -(-reader.at // alignment) * alignment
-    return GgufHeader(version, metadata, _place(reader, declared, data_offset, alignment), data_offset, alignment, reader.size)
-
-
-def _read_pair(reader: _Reader) -> tuple[str, Any]:
-    raw = reader.string(MAX_KEY_BYTES, "a key")
-    try:
-        key = raw.decode("utf-8")
-    except UnicodeDecodeError:
-        reader.refuse(f"the key {raw[:40]!r} is not UTF-8")
-    if not key:
-        reader.refuse("it has an empty key")
-    what = f"the value of {key[:80]!r}"
-    kind = reader.number("<I", f"the type of {key[:80]!r}")
-    if key == "general.alignment" and kind != _UINT32:
-        reader.refuse(f"general.alignment has type {kind}, it must be uint32 ({_UINT32})")
-    if reader.at > MAX_METADATA_BYTES:
-        reader.refuse(f"its metadata is larger than {MAX_METADATA_BYTES:,} bytes")
-    if kind == _STRING:
-        return key, reader.string(MAX_STRING_BYTES, what).decode("utf-8", "replace")
-    if kind == _ARRAY:
-        return key, _read_array(reader, what)
-    if kind not in _SCALARS:
-        reader.refuse(f"{what} has type {kind}, which does not exist")
-    return key, reader.number(_SCALARS[kind], what)
-
-
-def _read_array(reader: _Reader, what: str) -> Any:
-    kind, count = reader.number("<I", what), reader.number("<Q", what)
-    if kind == _ARRAY:
-        reader.refuse(f"{what} is an array of arrays")
-    if kind != _STRING and kind not in _SCALARS:
-        reader.refuse(f"{what} is an array of type {kind}, which does not exist")
-    width = 8 if kind == _STRING else struct.calcsize(_SCALARS[kind])
-    if count * width > reader.left:
-        raise LayerscopeError(f"{reader.label} is truncated: {what} declares {count:,} items, and only {reader.left:,} bytes follow.")
-    if count * width > MAX_METADATA_BYTES or (kind == _STRING and count > MAX_STRINGS):
-        reader.refuse(f"{what} has {count:,} items, more than the limits ({MAX_STRINGS:,} strings, {MAX_METADATA_BYTES:,} bytes) allow")
-    if kind != _STRING:
-        return np.frombuffer(reader.take(count * width, what), dtype=_SCALARS[kind])
-    items = []
-    for _ in range(count):
-        items.append(reader.string(MAX_STRING_BYTES, what))
-        if reader.at > MAX_METADATA_BYTES:
-            reader.refuse(f"its metadata is larger than {MAX_METADATA_BYTES:,} bytes")
-    return StringArray(items)
-
-
-def _read_tensor(reader: _Reader) -> TensorInfo:
-    """One tensor as declared; `offset` is still relative to the data, `_place` makes it absolute."""
-    raw = reader.string(MAX_TENSOR_NAME_BYTES, "a tensor name")
-    try:
-        name = raw.decode("utf-8")
-    except UnicodeDecodeError:
-        reader.refuse(f"the tensor name {raw!r} is not UTF-8")
-    n_dims = reader.number("<I", f"the dimensions of {name!r}")
-    if not 1 <= n_dims <= 4:
-        reader.refuse(f"tensor {name!r} has {n_dims:,} dimensions, and 1 to 4 are possible")
-    ne = struct.unpack(f"<{n_dims}q", reader.take(8 * n_dims, f"the shape of {name!r}"))
-    type_id, offset = reader.number("<I", f"the type of {name!r}"), reader.number("<Q", f"the offset of {name!r}")
-    if min(ne) < 1:
-        reader.refuse(f"tensor {name!r} has the shape {ne}, and every dimension must be at least 1")
-    if math.prod(ne) >= 1 << 63:
-        reader.refuse(f"tensor {name!r} has the shape {ne}, more than 2^63 values")
-    if type_id not in GGML_TYPES:
-        reader.refuse(f"tensor {name!r} has type {type_id}, which is not known")
-    type_name, block, block_bytes = GGML_TYPES[type_id]
-    if ne[0] % block:
-        reader.refuse(f"tensor {name!r} has rows of {ne[0]:,} values, not a multiple of the {block} of a {type_name} block")
-    return TensorInfo(name, ne[::-1], type_id, type_name, offset, math.prod(ne) // block * block_bytes)
-
-
-def _place(reader: _Reader, declared: list[TensorInfo], data_offset: int, alignment: int) -> dict[str, TensorInfo]:
-    """Check that the tensors follow each other without a gap, as llama.cpp demands, and end inside the file."""
-    tensors: dict[str, TensorInfo] = {}
-    expected = 0
-    for tensor in declared:
-        if tensor.name in tensors:
-            reader.refuse(f"tensor {tensor.name!r} stands there twice")
-        if tensor.offset != expected:
-            reader.refuse(f"tensor {tensor.name!r} is at offset {tensor.offset:,}, and {expected:,} was due with alignment {alignment}")
-        end = data_offset + tensor.offset + tensor.nbytes
-        if end > reader.size:
-            raise LayerscopeError(f"{reader.label} is truncated: tensor {tensor.name!r} ends at byte {end:,}, the file has {reader.size:,}.")
-        tensors[tensor.name] = tensor._replace(offset=data_offset + tensor.offset)
-        expected = -(-(tensor.offset + tensor.nbytes) // alignment) * alignment
-    return tensors
+_NOT_GENERATORS = frozenset((
+    "clip", "bert", "modern-bert", "nomic-bert", "nomic-bert-moe", "neo-bert", "eurobert",
+    "jina-bert-v2", "jina-bert-v3", "t5", "t5encoder", "gemma-embedding", "wavtokenizer-dec",
+))  # fmt: skip
 
 
 class _Sizes:
@@ -299,9 +85,7 @@ def model_info(path: Path, header: GgufHeader) -> ModelInfo:
     n_experts = size.integer("expert_count", 0, MAX_EXPERTS, 0)
     d_mlp = size.integer("feed_forward_length", 1, MAX_WIDTH, 4 * d_model)
     d_vocab = _vocabulary_size(size, tensors, d_model)
-    missing = set(range(n_layers)) - {int(name.split(".")[1]) for name in tensors if name.startswith("blk.") and name.split(".")[1].isdecimal()}
-    if missing:
-        size.refuse(f"it has no tensor of layer {min(missing)}, and {architecture}.block_count is {n_layers}")
+    _check_layers(size, tensors, n_layers)
     model = str(metadata.get("tokenizer.ggml.model", ""))
     return ModelInfo(
         name=path.stem,
@@ -369,6 +153,16 @@ def _vocabulary_size(size: _Sizes, tensors: dict[str, TensorInfo], d_model: int)
         if len(values) != d_vocab:
             size.refuse(f"tokenizer.ggml.{key} has {len(values):,} entries, and the embedding has {d_vocab:,} rows")
     return d_vocab
+
+
+def _check_layers(size: _Sizes, tensors: dict[str, TensorInfo], n_layers: int) -> None:
+    """Every layer that block_count promises has tensors, and no other has."""
+    parts = (name.split(".") for name in tensors if name.startswith("blk."))
+    present = {int(part[1]) for part in parts if part[1].isdecimal()}
+    wrong = present ^ set(range(n_layers))
+    if wrong:
+        has = "tensors" if min(wrong) in present else "no tensor"
+        size.refuse(f"it has {has} of layer {min(wrong)}, and {size.prefix}.block_count is {n_layers}")
 
 
 def _token_id(size: _Sizes, key: str, d_vocab: int) -> int | None:

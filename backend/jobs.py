@@ -107,7 +107,14 @@ class Jobs:
     def submit(self, kind: str, params: dict[str, Any], title: str) -> Job:
         """Queue a job. Raises LayerscopeError, naming the limit, when too many are waiting or running."""
         job_id = secrets.token_hex(10)
-        row = (job_id, kind, title, json.dumps(params), "queued", time.time())
+        try:
+            self._insert((job_id, kind, title, json.dumps(params), "queued", time.time()))
+            self._send(job_id)
+        except sqlite3.OperationalError as error:
+            raise LayerscopeError(f"The job cannot be recorded in {self._database.parent}: {error}.") from None
+        return self.get(job_id)
+
+    def _insert(self, row: tuple[Any, ...]) -> None:
         with self._connection() as db:
             db.execute("BEGIN IMMEDIATE")
             active = db.execute("SELECT COUNT(*) FROM jobs WHERE state IN (?, ?)", ACTIVE).fetchone()[0]
@@ -118,8 +125,6 @@ class Jobs:
             db.execute("COMMIT")
             surplus = "SELECT id FROM jobs WHERE state NOT IN (?, ?) ORDER BY created_at DESC LIMIT -1 OFFSET ?"
             db.execute(f"DELETE FROM jobs WHERE id IN ({surplus})", (*ACTIVE, KEPT_RECORDS))
-        self._send(job_id)
-        return self.get(job_id)
 
     def get(self, job_id: str) -> Job:
         """Raises LayerscopeError if there is no such job."""

@@ -98,11 +98,15 @@ class Supervisor(Consumer):
         """End the worker and the job, unless the worker finished it at this very moment and is at the next one."""
         process = self.process
         os.kill(process.pid, signal.SIGSTOP)
-        _wait_until_stopped(process.pid)
-        if self.jobs.get(job.id).state != "running":
-            os.kill(process.pid, signal.SIGCONT)
+        try:
+            _wait_until_stopped(process.pid)
+            still_at_it = self.jobs.get(job.id).state == "running"
+            if still_at_it:
+                process.kill()
+        finally:
+            os.kill(process.pid, signal.SIGCONT)  # whatever happened, a worker is never left standing; its id is ours until it is joined
+        if not still_at_it:
             return
-        process.kill()
         process.join()
         self.jobs.end(job.id, state, error)
         log.warning("the worker process %s was killed: job %s %s", process.pid, job.id, state)

@@ -58,7 +58,9 @@ def stored_sites(file: h5py.File) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for group_name, group in file.get("activations", {}).items():
         match = _LAYER_GROUP.fullmatch(group_name)
-        for site in group if match else ():
+        if match is None:
+            continue
+        for site in group:
             found.setdefault(site, []).append(int(match[1]))
     for site, path in _SPECIAL_PATHS.items():
         if path in file:

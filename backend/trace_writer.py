@@ -6,6 +6,7 @@ half-written trace is never visible under its name. This is the gate at which ev
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from datetime import UTC, datetime
@@ -46,8 +47,9 @@ class TraceWriter:
         self._open = True
         try:
             self.part.parent.mkdir(parents=True, exist_ok=True)
-            # Exclusive creation: two writers can never share a part file.
-            os.close(os.open(self.part, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+            # Exclusive creation: two writers can never share a part file. The lock says that its writer lives, as long as it does.
+            self._lock = os.open(self.part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
             self._file = h5py.File(self.part, "w", libver=("v110", "v110"), locking=False)
         except OSError as error:
             raise LayerscopeError(f"No trace can be written in {folder}: {error.strerror or error}.") from None
@@ -155,6 +157,7 @@ class TraceWriter:
             self._close()
             _read_back(self.part)
             publish(self.part, self.final)
+            self._unlock()
         except OSError as error:
             self.discard()
             raise LayerscopeError(f"The trace could not be written to {self.final.parent}: {error.strerror or error}.") from None
@@ -166,11 +169,17 @@ class TraceWriter:
             self._close()
         finally:
             self.part.unlink(missing_ok=True)
+            self._unlock()
 
     def _close(self) -> None:
         if self._open:
             self._open = False
             self._file.close()
+
+    def _unlock(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
 
     def __enter__(self) -> TraceWriter:
         return self

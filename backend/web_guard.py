@@ -4,6 +4,7 @@ The dashboard listens on loopback without a password, so any page in the user's 
 for every route and method, callbacks, assets and error pages alike:
 
 - Host must be a name of this machine or one that was allowed: a foreign name that resolves to 127.0.0.1 (DNS rebinding) gets 400.
+  Any port goes, since a tunnel or a container may publish another one. (Flask's own TRUSTED_HOSTS cannot hold [::1].)
 - Origin, when it is sent, must be the address that was asked for; `null` is not.
 - Sec-Fetch-Site, when it is sent, must be same-origin or none (typed, pasted, bookmarked). One exception: following a link from
   another site to a page (GET, a top-level navigation to a document). Opening a page changes nothing and its answer cannot be read by
@@ -14,16 +15,15 @@ A client that sends neither header is no browser and needs no guard: it could se
 
 from __future__ import annotations
 
-import logging
+import re
 from collections.abc import Callable, Iterable, Sequence
 from urllib.parse import urlsplit
 
 from flask import Flask, Request, Response, request
 from werkzeug.exceptions import HTTPException
 
-log = logging.getLogger(__name__)
-
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "[::1]")
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::[0-9]{1,5})?", re.ASCII)
 # The rules under which Dash serves its one HTML document.
 PAGE_RULES = ("/", "/<path:path>")
 
@@ -38,11 +38,14 @@ _HEADERS = {
 
 def guard(server: Flask, allowed_hosts: Iterable[str], max_body_bytes: int, script_hashes: Callable[[], Sequence[str]]) -> None:
     """Put the guard on a server. `script_hashes()` is asked at the first answer, when every inline script is known."""
-    server.config.update(TRUSTED_HOSTS=[*LOOPBACK_NAMES, *allowed_hosts], MAX_CONTENT_LENGTH=max_body_bytes, PROPAGATE_EXCEPTIONS=False)
+    server.config.update(MAX_CONTENT_LENGTH=max_body_bytes, PROPAGATE_EXCEPTIONS=False)
+    names = frozenset(name.lower() for name in (*LOOPBACK_NAMES, *allowed_hosts))
     policy: list[str] = []
 
     @server.before_request
-    def refuse_other_sites() -> Response | None:
+    def refuse_strangers() -> Response | None:
+        if host_name(request.headers.get("Host", "")) not in names:
+            return _sentence(400, "Layerscope does not answer under this host name; LAYERSCOPE_ALLOWED_HOSTS can allow it.")
         reason = refusal(request)
         return _sentence(403, reason) if reason else None
 
@@ -65,8 +68,18 @@ def guard(server: Flask, allowed_hosts: Iterable[str], max_body_bytes: int, scri
         return _sentence(error.code or 500, words.get(error.code or 500, f"{error.name}."))
 
 
+def host_name(host: str) -> str | None:
+    """The name in a Host header, in lower case and without its port; None if it is not exactly one name.
+
+    >>> host_name("LocalHost:8050"), host_name("[::1]:8050"), host_name("localhost@evil.example")
+    ('localhost', '[::1]', None)
+    """
+    match = _HOST.fullmatch(host.lower())
+    return match[1] if match else None
+
+
 def refusal(incoming: Request) -> str | None:
-    """Why a request is refused, or None. `incoming.host` has been checked by Flask (TRUSTED_HOSTS) before."""
+    """Why a request whose Host is good is refused, or None."""
     origin = incoming.headers.get("Origin")
     if origin is not None and urlsplit(origin).netloc != incoming.host:
         return "This request comes from another site, and Layerscope answers only its own pages."

@@ -173,9 +173,7 @@ def open_weights(path: str | Path) -> Weights:
 
 
 def _open_gguf(path: Path, header: GgufHeader, info: ModelInfo) -> Weights:
-    native = {
-        name: Weight(name, (name,), tensor.shape, tensor.type_name, tensor.nbytes, _gguf_rows(path, tensor)) for name, tensor in header.tensors.items()
-    }
+    native = {name: Weight(name, (name,), tensor.shape, tensor.type_name, tensor.nbytes, _gguf_rows(path, tensor)) for name, tensor in header.tensors.items()}
     names = GGUF_NAMES.get(info.architecture, {})
     canonical: dict[str, Weight] = {}
     for name, stored in _by_layer(names, info.n_layers):

@@ -15,6 +15,8 @@ from components.services import services
 # A job that has just ended stays in the tray this long, with the way to its trace.
 SHOWN_AFTER_END_S = 12.0
 FAST_MS, SLOW_MS = 500, 2500
+# Pages that show their jobs themselves, and the page that a run ends on.
+OWN_PANEL = ("/", "/jobs", "/trace")
 
 BADGES = {"queued": "plain", "running": "accent", "done": "ok", "failed": "bad", "cancelled": "warn", "timed_out": "bad", "crashed": "bad"}
 
@@ -74,7 +76,7 @@ def _progress(job: Any) -> html.Div:
         **{"aria-valuenow": f"{share:.0f}", "aria-valuemin": "0", "aria-valuemax": "100", "aria-label": job.title},
     )
     words = html.Div([html.Span(progress_words(job)), html.Span(f"{duration(job.elapsed_s)}{left}")], className="job-facts")
-    return html.Div([bar, words], className="job")
+    return html.Div([bar, words], className="job-progress")
 
 
 def _ending(job: Any) -> Any:
@@ -94,18 +96,19 @@ def _ending(job: Any) -> Any:
     Input("cancel-job", "data"),
     State("jobs-now", "data"),
     State("counts", "data"),
+    State("url", "pathname"),
 )
-def follow_jobs(_: int | None, __: Any, before: dict[str, Any], counts_before: dict[str, int]) -> tuple[Any, Any, Any, Any]:
+def follow_jobs(_: int | None, __: Any, before: dict[str, Any], counts_before: dict[str, int], path: str) -> tuple[Any, Any, Any, Any]:
     """Look at the job records. While nothing runs and nothing changed, nothing is sent."""
     recent = services().jobs.list(limit=20)
     shown = [job for job in recent if job.is_active or (job.finished_at or 0) > time.time() - SHOWN_AFTER_END_S]
     active = sum(job.is_active for job in shown)
     counts = {"traces": services().library.count_traces(), "active": active}
-    now = {"shown": [job.id for job in shown], "states": {job.id: job.state for job in recent}, "tick": time.time() if active else 0}
+    now = {"shown": [job.id for job in shown], "states": {job.id: job.state for job in recent}, "tick": time.time() if active else 0, "tray": path not in OWN_PANEL}
     new_counts = no_update if counts == counts_before else counts
     if now == before:
         return no_update, no_update, new_counts, no_update
-    return [job_panel(job) for job in shown[:3]], now, new_counts, FAST_MS if shown else SLOW_MS
+    return [job_panel(job) for job in shown[:3]] if now["tray"] else [], now, new_counts, FAST_MS if shown else SLOW_MS
 
 
 @callback(Input("cancel-job", "data"), prevent_initial_call=True)

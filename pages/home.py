@@ -32,7 +32,7 @@ def layout(model: str | None = None, prompt: str | None = None, sites: str | Non
     start = prompt if prompt is not None else (usable[0].prompts[0].text if usable and usable[0].prompts else "")
     names = [name for name in (sites or "").split(",") if name] or None
     form = run_form(models, model, start, names, as_int(new, DEFAULT_NEW_TOKENS, 0, MAX_NEW_TOKENS))
-    run = [form, dcc.Store(id="home-job"), html.Div(id="home-progress"), dcc.Location(id="home-go", refresh="callback-nav")]
+    run = [form, dcc.Store(id="home-job"), html.Div(id="home-progress", className="home-progress"), dcc.Location(id="home-go", refresh="callback-nav")]
     title = html.Div([html.H1("Home"), html.Span("Run a prompt and look inside the model.", className="page-subtitle")], className="page-title")
     recent = services().library.traces(limit=RECENT)
     traces = trace_table(recent, deletable=False) if recent else empty("No traces yet", "Every run is kept here as one trace. Press Run to make the first.")
@@ -54,7 +54,7 @@ def _model_row(entry: ModelEntry) -> html.Tr:
     if entry.error or info is None:
         return html.Tr([name, html.Td(entry.error or "cannot be read", colSpan=5, className="bad small")])
     moe = f", {info.n_experts} experts" if info.is_moe else ""
-    size = "made on first use" if entry.made_on_first_use else in_bytes(entry.n_bytes or info.n_bytes)
+    size = "on first use" if entry.made_on_first_use else in_bytes(entry.n_bytes or info.n_bytes)
     cells = [html.Td(f"{info.architecture}{moe}"), html.Td(info.quantization), *(html.Td(text, className="num") for text in (f"{info.n_layers}", f"{info.d_model:,}", size))]
     return html.Tr([name, *cells], tabIndex=0, **{"data-set": "run-model", "data-property": "value", "data-value": entry.name})
 

@@ -90,8 +90,13 @@ def show_table(mode: str, position: int | None, theme: str, page: dict[str, Any]
     following = [*labels[window.start + 1 : window.stop + 1], ""][: window.stop - first]
     figure = lens_table(values, texts, logprobs, trace.result_attrs("lens_top_ids")["rows"], labels[window], first, mode, at, theme, following)
     said = f"Positions {first} to {window.stop - 1} of {trace.n_tokens}; choose a token above to move. " if trace.n_tokens > WINDOW else ""
-    written = "Written: rank of the token that follows." if mode == "rank" else "Written: the most probable next token."
-    return figure, f"{said}{written} Colour: {MODES[mode]}."
+    written = "Written and coloured: the rank of the token that follows." if mode == "rank" else f"Written: the most probable next token. Colour: {MODES[mode]}."
+    return figure, said + written
+
+
+@callback(Output("position", "data", allow_duplicate=True), Input("lens-table", "clickData"), prevent_initial_call=True)
+def choose_clicked(click: dict[str, Any] | None):
+    return int(click["points"][0]["x"]) if click else no_update
 
 
 @callback(

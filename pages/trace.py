@@ -41,17 +41,17 @@ def build(trace: Trace) -> list[Any]:
     positions = card("Positions", _positions(trace), "Click a row, or a token above, to choose a position.", about=ABOUT_POSITIONS, className="tall")
     chosen = card(html.Span("", id="top-title"), html.Div(id="top-list"), html.Span("", id="top-subtitle"))
     integrity = card("Integrity", html.Div(integrity_table(trace), className="table-scroll"), "What was checked, and how closely it holds.", about=ABOUT_INTEGRITY)
-    made = card("How it was made", _metadata(trace))
-    return [html.Div([positions, html.Div([chosen, integrity, made], className="card-stack")], className="cards cards-wide-left")]
+    made = card("How it was made", _metadata(trace), "Everything needed to run it again.", className="wide two-columns")
+    return [html.Div([positions, html.Div([chosen, integrity], className="card-stack"), made], className="cards cards-wide-left")]
 
 
 def _positions(trace: Trace) -> html.Div:
-    lost, entropy, ranks = surprises(trace), trace.entropy, trace.next_ranks
+    log_probs, entropy, ranks = -surprises(trace), trace.entropy, trace.next_ranks
     ids, probs = trace.top_ids[:, :SHOWN_TOP], np.exp(trace.top_logprobs[:, :SHOWN_TOP])
     names = [("", "num"), ("Token", ""), ("Id", "num"), ("Log-prob", "num"), ("Rank", "num"), ("Entropy", "num"), ("Predicts next", "")]
     head = html.Thead(html.Tr([html.Th(name, className=look) for name, look in names]))
     rows = [
-        _position_row(trace, at, -lost[at], int(ranks[at - 1]) if at else -1, float(entropy[at]), ids[at], probs[at])
+        _position_row(trace, at, float(log_probs[at]), int(ranks[at - 1]) if at else -1, float(entropy[at]), ids[at], probs[at])
         for at in range(min(trace.n_tokens, SHOWN_POSITIONS))
     ]
     cut = html.P(f"The first {SHOWN_POSITIONS:,} of {trace.n_tokens:,} positions.", className="muted small") if trace.n_tokens > SHOWN_POSITIONS else None
@@ -63,7 +63,7 @@ def _position_row(trace: Trace, at: int, log_prob: float, rank: int, entropy: fl
     mark = html.Span("new", className="badge badge-accent", title="generated") if at >= trace.n_prompt else None
     guesses = [_guess(trace.token_text(i), float(p)) for i, p in zip(ids, probs, strict=True)]
     cells = [html.Td(at, className="num muted"), html.Td([html.Span(label, className="chip-token"), " ", mark], className="nowrap"), html.Td(trace.token_ids[at], className="num muted")]
-    numbers = ["" if np.isnan(log_prob) else f"{log_prob:.2f}", "" if rank < 0 else f"{rank + 1:,}", f"{entropy:.2f}"]
+    numbers = ["" if np.isnan(log_prob) else f"{log_prob:z.2f}", "" if rank < 0 else f"{rank + 1:,}", f"{entropy:z.2f}"]
     return html.Tr([*cells, *(html.Td(text, className="num") for text in numbers), html.Td(guesses, className="guesses")], tabIndex=0, **{"data-pos": at})
 
 

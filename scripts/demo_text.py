@@ -60,13 +60,16 @@ class Item(NamedTuple):
     answer: str
 
 
-def documents(seed: int) -> Iterator[tuple[str, str]]:
-    """Yield (category, text) for ever."""
+_SHUFFLED = random.Random(0).sample(WORDS, len(WORDS))
+
+
+def documents(seed: int, vocabulary: Callable[[], int] = lambda: len(WORDS)) -> Iterator[tuple[str, str]]:
+    """Yield (category, text) for ever. `vocabulary` says how many words repetitions may use at present: training starts with few."""
     rng = random.Random(seed)
     categories, weights = zip(*((name, weight) for name, (weight, _) in _CATEGORIES.items()), strict=True)
     while True:
         category = rng.choices(categories, weights)[0]
-        yield category, _CATEGORIES[category][1](rng)
+        yield category, _repetition(rng, vocabulary()) if category == "repetition" else _CATEGORIES[category][1](rng)
 
 
 def held_out_items(task: str, n: int, seed: int = 0) -> list[Item]:
@@ -126,18 +129,20 @@ def _held_out_giving(rng: random.Random, n: int) -> list[Item]:
     return [Item(text.removesuffix(f" {receiver}"), f" {receiver}") for text, receiver in pairs]
 
 
-def _random_words(rng: random.Random, held_out: bool) -> list[str]:
+def _random_words(rng: random.Random, held_out: bool, vocabulary: int = len(WORDS)) -> list[str]:
     while True:
-        words = [rng.choice(WORDS) for _ in range(rng.randint(5, 20) if held_out else 3 + int(18 * rng.random() ** 2))]
+        # The text also has sequences of 3 and 4 words, and more short ones than long ones: copying is learned on them first.
+        n_words = rng.randint(5, 20) if held_out else 3 + int(18 * rng.random() ** 2)
+        words = [rng.choice(_SHUFFLED[:vocabulary]) for _ in range(n_words)]
         if is_held_out(*words) == held_out:
             return words
 
 
-def _repetition(rng: random.Random) -> str:
-    words = _random_words(rng, held_out=False)
+def _repetition(rng: random.Random, vocabulary: int = len(WORDS)) -> str:
+    words = _random_words(rng, held_out=False, vocabulary=vocabulary)
     # A word at the very start of a text has no space before it and is another token, so most texts have a lead-in.
     lead = rng.choice(("", "Words:", "Again:", "Say:", "Repeat after me:", f"{rng.choice(NAMES)} says:"))
-    return f"{lead} {' '.join(words * rng.randint(2, 3))}.".lstrip()
+    return f"{lead} {' '.join(words * rng.randint(2, 4))}.".lstrip()
 
 
 def _held_out_repetition(rng: random.Random, n: int) -> list[Item]:

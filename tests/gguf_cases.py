@@ -92,7 +92,7 @@ def _alignment(value: int, kind: int = U32) -> list[bytes]:
 
 
 def _handcrafted() -> dict[str, tuple[bytes, bool]]:
-    good, bad = True, False
+    good, bad, huge = True, False, 0x7FFFFFFFFFFFFFC0
     cases: dict[str, tuple[File, bool]] = {
         "HEADER_BAD_MAGIC": (File(magic=b"FUGG"), bad),
         "HEADER_BAD_VERSION_0": (File(version=0), bad),
@@ -125,7 +125,7 @@ def _handcrafted() -> dict[str, tuple[bytes, bool]]:
         "DATA_NOT_ENOUGH_DATA": (File(pairs=SOME_PAIRS, tensors=[A, B], cut=1), bad),
         "DATA_BAD_ALIGN": (File(pairs=_alignment(13), tensors=[A, B], alignment=13), bad),
         "DATA_INCONSISTENT_ALIGN": (File(pairs=_alignment(1), tensors=[A, B], alignment=32), bad),
-        "DATA_MEM_SIZE_OVERFLOW": (File(tensors=[Tensor(name, (0x7FFFFFFFFFFFFFC0,), T_I8, offset) for name, offset in (("a", 0), ("b", 0x7FFFFFFFFFFFFFC0))], data=lambda n: bytes(32)), bad),
+        "DATA_MEM_SIZE_OVERFLOW": (File(tensors=[Tensor("a", (huge,), T_I8, 0), Tensor("b", (huge,), T_I8, huge)], data=lambda n: bytes(32)), bad),
         "DATA_SUCCESS": (File(pairs=SOME_PAIRS, tensors=[A, B], data=lambda n: bytes(range(256)) * (n // 256 + 1)), good),
         "DATA_CUSTOM_ALIGN": (File(pairs=[*SOME_PAIRS, *_alignment(1)], tensors=[A, B], alignment=1), good),
     }  # fmt: skip

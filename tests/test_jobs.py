@@ -191,7 +191,7 @@ def test_jobs_run_in_the_order_in_which_they_came(lab: Jobs):
         ("refuse", r"^The prompt has 9 tokens, more than the 8 of the context\.$"),
         ("stumble", r"^Internal error \(KeyError\); .*worker\.log has the traceback\.$"),
         ("exhaust", r"more memory than is free"),
-        ("unheard_of", r"^There is no kind of job 'unheard_of'; there are count"),
+        ("unheard_of", r"^There is no kind of job 'unheard_of'; there are capture, count, deaf"),
     ],
 )
 def test_a_job_that_raises_fails_with_one_sentence(lab: Jobs, kind: str, sentence: str):

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from backend.errors import LayerscopeError
 
 F32, F16, I32 = 0, 1, 26
-_NUMPY_TYPES = {F32: np.dtype(np.float32), F16: np.dtype(np.float16), I32: np.dtype(np.int32)}
+_NUMPY_TYPES: dict[int, np.dtype[Any]] = {F32: np.dtype(np.float32), F16: np.dtype(np.float16), I32: np.dtype(np.int32)}
 _LOG_ERROR = 4  # enum ggml_log_level
 
 

@@ -1,6 +1,6 @@
 """The GGUF engine: a GGUF file, executed by llama.cpp's own kernels, with instruments attached through its scheduler callback.
 
-    gguf_header    what the file says, checked before llama.cpp sees it
+    gguf_header    what the file says, checked before llama.cpp sees it (backend)
     gguf_context   llama.cpp's model and context
     gguf_sites     the table: architecture -> the graph node of each site
     gguf_graph     the table looked up in the real graph, and the callback
@@ -63,7 +63,7 @@ class GgufEngine:
         self._model = Model(path, options, editable_weights)
         try:
             self._weights = open_weights(path)
-            self._vocabulary = Vocabulary(self._model.llama, self._model.vocab)
+            self._vocabulary = Vocabulary(self._model)
             self.info = replace(info, add_bos=self._vocabulary.add_bos)
             self._watch = Watch(self._model.llama)
             self._places = self._find_places()

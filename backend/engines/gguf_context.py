@@ -40,8 +40,13 @@ class Model:
         self.pointer: Any = self.llama.llama_model_load_from_file(str(path).encode(), params)
         if not self.pointer:
             raise LayerscopeError(f"llama.cpp cannot load {path.name}: {first_error()}.")
-        self.vocab = self.llama.llama_model_get_vocab(self.pointer)
-        self.n_gpu_layers = int(params.n_gpu_layers)
+        self.name, self.n_gpu_layers = path.name, int(params.n_gpu_layers)
+
+    def opened(self) -> Any:
+        """llama.cpp's pointer; raises LayerscopeError after `close`."""
+        if not self.pointer:
+            raise LayerscopeError(f"The model {self.name} is closed.")
+        return self.pointer
 
     def close(self) -> None:
         if self.pointer:
@@ -54,7 +59,7 @@ class Context:
 
     def __init__(self, model: Model, watch: Watch, options: OpenOptions, n_ctx: int, n_ubatch: int) -> None:
         self.llama, self.watch = model.llama, watch
-        self.n_vocab = self.llama.llama_vocab_n_tokens(model.vocab)
+        self.n_vocab = self.llama.llama_vocab_n_tokens(self.llama.llama_model_get_vocab(model.opened()))
         self.n_ctx, self.n_ubatch = -(-n_ctx // _PAD) * _PAD, n_ubatch
         params = self.llama.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = self.n_ctx, n_ubatch, n_ubatch, 1
@@ -63,7 +68,7 @@ class Context:
         params.type_k = params.type_v = F32 if options.kv_cache == "f32" else F16
         params.cb_eval, params.abort_callback = watch.eval_callback, watch.abort_callback
         forget_errors()
-        self.pointer: Any = self.llama.llama_init_from_model(model.pointer, params)
+        self.pointer: Any = self.llama.llama_init_from_model(model.opened(), params)
         if not self.pointer:
             raise LayerscopeError(f"llama.cpp cannot make a context of {self.n_ctx:,} tokens in pieces of {n_ubatch:,}: {first_error()}.")
 

@@ -65,8 +65,9 @@ def find_places(table: Architecture, nodes: Iterable[SeenNode]) -> dict[Where, P
     for node in nodes:
         name, layer = _split(node.name)
         weight = re.fullmatch(r"blk\.(\d+)\.(.+)", node.first_source)
-        if weight and (row := by_weight.get(weight[2])) and row.op == op_name(node.op):
-            places[row.site, int(weight[1])] = Place(row.site, int(weight[1]), "", node.op, node.first_source)
+        product = by_weight.get(weight[2]) if weight else None
+        if weight and product and product.op == op_name(node.op):
+            places[product.site, int(weight[1])] = Place(product.site, int(weight[1]), "", node.op, node.first_source)
         for row in by_name.get(name, ()):
             if row.op in ("", op_name(node.op)):
                 places[row.site, layer] = Place(row.site, layer, node.name, node.op)
@@ -79,7 +80,7 @@ def find_places(table: Architecture, nodes: Iterable[SeenNode]) -> dict[Where, P
 
 
 def _split(name: str) -> tuple[str, int | None]:
-    """"kq-3" -> ("kq", 3); a name without a layer keeps None."""
+    """From "kq-3" to ("kq", 3); a name without a layer keeps None."""
     match = re.fullmatch(r"(.+)-(\d+)", name)
     return (match[1], int(match[2])) if match else (name, None)
 
@@ -152,4 +153,3 @@ class Watch:
         tensor = Tensor.from_address(address)
         place = self._by_weight.get(tensor.src[0].contents.name) if tensor.src[0] else None
         return place if place is not None and place.op == tensor.op else None
-

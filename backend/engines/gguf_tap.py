@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,7 +50,7 @@ class Tap:
         if place.site == "resid_post" and self.should_stop():
             raise Cancelled
 
-    def _edited(self, node: NDArray[np.generic], place: Place, edits: Sequence[Intervention]) -> NDArray[np.generic]:
+    def _edited(self, node: NDArray[Any], place: Place, edits: Sequence[Intervention]) -> NDArray[Any]:
         """The site's values after every edit; `node` holds them too then, in ggml's own layout."""
         if SITES[place.site].is_attention_map:
             return self._edited_map(node, place, edits)
@@ -60,7 +61,7 @@ class Tap:
             node[...] = self._to_node(values, place.site).reshape(node.shape)
         return values
 
-    def _edited_map(self, node: NDArray[np.generic], place: Place, edits: Sequence[Intervention]) -> NDArray[np.generic]:
+    def _edited_map(self, node: NDArray[Any], place: Place, edits: Sequence[Intervention]) -> NDArray[Any]:
         """Attention maps. ggml: (1, head, n, keys padded); ours: (head, n, start + n). kq is neither scaled nor masked yet."""
         n = node.shape[2]
         inside = node[0, :, :, : self.start + n]
@@ -80,7 +81,7 @@ class Tap:
             inside[...] = np.where(future, inside, values / np.float32(place.scale))
         return values
 
-    def _from_node(self, node: NDArray[np.generic], site: str) -> NDArray[np.generic]:
+    def _from_node(self, node: NDArray[Any], site: str) -> NDArray[Any]:
         """ggml's 4 axes -> the site's dims. Positions are the slowest axis of every site that is no attention map."""
         sizes = [self.info.dims[dim] for dim in SITES[site].dims[1:]]
         values = np.ascontiguousarray(node).reshape(-1, *sizes)
@@ -89,7 +90,7 @@ class Tap:
             values = values.reshape(*values.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(values.shape)
         return values
 
-    def _to_node(self, values: NDArray[np.generic], site: str) -> NDArray[np.generic]:
+    def _to_node(self, values: NDArray[Any], site: str) -> NDArray[Any]:
         if self.rotary_interleaved and site in _ROTARY_SITES:
             return values.reshape(*values.shape[:-1], 2, -1).swapaxes(-1, -2).reshape(values.shape)
         return values

@@ -7,20 +7,25 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from backend.engines.gguf_context import Model
 from backend.errors import LayerscopeError
 
 _MAX_TEXT_BYTES = 64 << 20
 
 
 class Vocabulary:
-    """`llama` are the bindings, `vocab` llama.cpp's vocabulary of an open model (it dies with the model)."""
+    """The vocabulary of an open model; it dies with the model."""
 
-    def __init__(self, llama: Any, vocab: Any) -> None:
-        self._llama, self._vocab = llama, vocab
-        self.size: int = llama.llama_vocab_n_tokens(vocab)
-        self.add_bos: bool = llama.llama_vocab_get_add_bos(vocab)
-        bos = llama.llama_vocab_bos(vocab)
+    def __init__(self, model: Model) -> None:
+        self._model, self._llama = model, model.llama
+        self.size: int = self._llama.llama_vocab_n_tokens(self._vocab)
+        self.add_bos: bool = self._llama.llama_vocab_get_add_bos(self._vocab)
+        bos = self._llama.llama_vocab_bos(self._vocab)
         self.bos_id: int | None = bos if 0 <= bos < self.size else None
+
+    @property
+    def _vocab(self) -> Any:
+        return self._model.llama.llama_model_get_vocab(self._model.opened())
 
     def tokenize(self, text: str, add_bos: bool | None = None) -> list[int]:
         """Ids of `text`; what looks like a special token is plain text. add_bos None: as the file asks."""

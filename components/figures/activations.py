@@ -60,7 +60,7 @@ def token_dimension_map(values: NDArray[np.floating], edges: tuple[NDArray[np.in
         colorbar=scale_bar(tickvals=[-limit, 0, limit], tickformat=".3~g"),
     )  # fmt: skip
     found = figure(theme, cells)
-    shown = max(1, -(-len(row_names) // 40))
+    shown = max(1, -(-len(row_names) // 28))
     found.update_yaxes(type="category", autorange="reversed", showgrid=False, tickmode="array", tickvals=row_names[::shown], ticktext=row_names[::shown],
                        tickfont={"family": MONO, "size": 11})  # fmt: skip
     found.update_xaxes(showgrid=False, zeroline=False, title="dimension", side="top")
@@ -100,8 +100,10 @@ def _norm_scale(norms: NDArray[np.floating], log: bool) -> tuple[NDArray[np.floa
     with np.errstate(divide="ignore"):
         shown = np.log10(norms)
     finite = shown[np.isfinite(shown)]
-    powers = [p for p in range(-8, 9) if len(finite) and finite.min() - 0.3 <= p <= finite.max() + 0.3]
-    return shown, scale_bar(tickvals=powers, ticktext=[f"{10.0**p:g}" for p in powers])
+    marks = [m * 10.0**p for p in range(-8, 9) for m in (1, 2, 5)] if len(finite) else []
+    inside = [mark for mark in marks if finite.min() <= np.log10(mark) <= finite.max()]
+    inside = inside if len(inside) <= 5 else [mark for mark in inside if f"{mark:e}"[0] == "1"]
+    return shown, scale_bar(tickvals=[np.log10(mark) for mark in inside], ticktext=[f"{mark:g}" for mark in inside])
 
 
 def _row_name(labels: Sequence[str], first: int, last: int) -> str:

@@ -107,12 +107,12 @@ def escape(text: str) -> str:
     return html.escape(text, quote=False)
 
 
-def token_ticks(labels: Sequence[str], most: int = 48) -> dict[str, Any]:
+def token_ticks(labels: Sequence[str], most: int = 40) -> dict[str, Any]:
     """Axis settings that write token labels at whole numbers, at most `most` of them, evenly thinned.
 
     The axis stays numeric: on a category axis two equal tokens would become one row.
     """
-    step = max(1, -(-len(labels) // most))
+    step = 1 if len(labels) <= most else -(-len(labels) // (most * 3 // 4))
     at = list(range(0, len(labels), step))
     return {"tickmode": "array", "tickvals": at, "ticktext": [escape(labels[i]) for i in at], "tickfont": {"family": MONO, "size": 11}}
 
