@@ -18,7 +18,7 @@ from backend.errors import LayerscopeError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
 
-_SITES_HELP = "Sites to store: names, TransformerLens hooks or ggml nodes; repeat or separate by commas. Default: the standard set."
+_SITES_HELP = "Sites to store: names, TransformerLens hooks or ggml nodes; repeat or separate by commas; or all. Default: the standard set."
 Sites = Annotated[list[str] | None, typer.Option("--sites", "-s", help=_SITES_HELP)]
 Layers = Annotated[str | None, typer.Option("--layers", "-l", help='Layers, for example "0,3-5". Default: all.')]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]

@@ -76,7 +76,8 @@ def _ensure(name: str, models_dir: Path, cache_dir: Path) -> Path:
 def source_key(folder: Path) -> str:
     """A digest of what a variant is made from: the weights, the config, the tokenizer, and the writer's own code."""
     digest = hashlib.blake2b(digest_size=16)
-    for path in (*(folder / name for name in ("config.json", "tokenizer.json", "model.safetensors")), Path(__file__).with_name("gguf_writer.py")):
+    sources = [folder / name for name in ("config.json", "tokenizer.json", "model.safetensors")]
+    for path in (*sources, Path(__file__).with_name("gguf_writer.py")):
         if not path.is_file():
             raise LayerscopeError(f"The demo model {folder.name!r} is incomplete: {path} is missing.")
         digest.update(path.read_bytes())

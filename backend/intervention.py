@@ -6,6 +6,7 @@ the same thing in a PyTorch module and inside llama.cpp's graph.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -35,10 +36,10 @@ class Intervention:
     set     `value` (a number, or an array that broadcasts to the selection)
     add     x + value
     scale   x * value
-    noise   x + value * standard normal noise, from `seed`
+    noise   x + value * standard normal noise, from `seed` and the position
 
     `head` selects along the head axis (kv heads for k, v), `pos` along positions (query positions for attention maps; negative
-    counts from the end), `dim` along the last axis. None selects all. Attention maps are not renormalised after an edit.
+    counts from the end of the prompt), `dim` along the last axis. None selects all. Attention maps are not renormalised after an edit.
     """
 
     site: str
@@ -66,6 +67,17 @@ class Intervention:
         elif self.layer is None:
             raise LayerscopeError(f"Site {site!r} exists in every layer; name the layer to edit.")
 
+    @property
+    def spans_positions(self) -> bool:
+        """Whether the edit means something else when the prompt arrives in pieces, so that it has to run whole."""
+        site, shape = SITES[self.site], np.shape(self.value)
+        if site.is_attention_map or (self.op == "mean" and self.value is None):
+            return True
+        if "pos" not in site.dims:
+            return False
+        from_right = len(site.dims) - site.dims.index("pos")
+        return len(shape) >= from_right and shape[-from_right] != 1
+
     def check(self, info: ModelInfo, n_tokens: int) -> None:
         """Raise LayerscopeError, with the value and the limit, if layer, head, pos or dim lie outside the model or the prompt."""
         site = SITES[self.site]
@@ -79,6 +91,13 @@ class Intervention:
         _check_range("Position", _tuple(self.pos), n_tokens, -n_tokens)
         size = n_tokens if site.dims[-1] == "k_pos" else info.dims[site.dims[-1]]
         _check_range("Dimension", _tuple(self.dim), size, 0)
+
+    def from_prompt_end(self, n_prompt: int) -> Intervention:
+        """The same edit with negative positions counted from the end of the prompt, whatever is generated after it."""
+        if self.pos is None:
+            return self
+        pos = tuple(p + n_prompt if p < 0 else p for p in _tuple(self.pos))
+        return dataclasses.replace(self, pos=pos[0] if isinstance(self.pos, int) else pos)
 
     def to_json(self) -> dict[str, Any]:
         """A record for the trace; an array value is summarised by shape and norm, not stored."""
@@ -96,8 +115,8 @@ def apply(edit: Intervention, values: NDArray[np.float32], start: int = 0, n_tok
     A long prompt arrives in several pieces; positions outside this piece are left to the others.
     """
     dims = SITES[edit.site].dims
-    axis = {"pos": dims.index("q_pos" if "q_pos" in dims else "pos")}
-    n_here = values.shape[axis["pos"]]
+    pos_axis = dims.index("q_pos" if "q_pos" in dims else "pos")
+    n_here = values.shape[pos_axis]
     total = n_tokens if n_tokens is not None else start + n_here
     out = np.array(values, dtype=np.float32, copy=True)
     index: list[Any] = [np.arange(size) for size in out.shape]
@@ -106,7 +125,7 @@ def apply(edit: Intervention, values: NDArray[np.float32], start: int = 0, n_tok
         local = [p - start for p in wanted if start <= p < start + n_here]
         if not local:
             return out
-        index[axis["pos"]] = np.array(local)
+        index[pos_axis] = np.array(local)
     if edit.head is not None:
         index[next(i for i, d in enumerate(dims) if d in ("head", "kv_head"))] = np.array(_tuple(edit.head))
     if edit.dim is not None:
@@ -115,11 +134,18 @@ def apply(edit: Intervention, values: NDArray[np.float32], start: int = 0, n_tok
     picked = out[where]
     if edit.op == "mean" and edit.value is None and (start or n_here < total):
         raise LayerscopeError(f"The mean over positions needs the whole prompt in one pass, but it ran in pieces of {n_here} of {total} tokens; give the mean as value.")
-    out[where] = _new_values(edit, picked, axis["pos"])
+    out[where] = _new_values(edit, picked, pos_axis, start + index[pos_axis])
     return out
 
 
-def _new_values(edit: Intervention, picked: NDArray[np.float32], pos_axis: int) -> NDArray[np.float32] | np.floating[Any]:
+def _noise(seed: int, positions: NDArray[np.int64], shape: tuple[int, ...], pos_axis: int) -> NDArray[np.float32]:
+    """Standard normal noise that depends on the seed and the position alone, however the prompt is cut into pieces."""
+    rest = shape[:pos_axis] + shape[pos_axis + 1 :]
+    rows = [np.random.default_rng([seed, int(p)]).standard_normal(rest, dtype=np.float32) for p in positions]
+    return np.stack(rows, axis=pos_axis)
+
+
+def _new_values(edit: Intervention, picked: NDArray[np.float32], pos_axis: int, positions: NDArray[np.int64]) -> NDArray[np.float32] | np.floating[Any]:
     if edit.op == "zero":
         return np.zeros_like(picked)
     if edit.op == "mean" and edit.value is None:
@@ -127,7 +153,7 @@ def _new_values(edit: Intervention, picked: NDArray[np.float32], pos_axis: int) 
     if edit.op == "scale":
         return picked * np.float32(edit.value)
     if edit.op == "noise":
-        return picked + np.float32(edit.value) * np.random.default_rng(edit.seed).standard_normal(picked.shape, dtype=np.float32)
+        return picked + np.float32(edit.value) * _noise(edit.seed, positions, picked.shape, pos_axis)
     try:
         value = np.broadcast_to(np.asarray(edit.value, dtype=np.float32), picked.shape)
     except ValueError:

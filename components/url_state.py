@@ -40,4 +40,4 @@ def as_int(value: str | None, default: int, low: int, high: int) -> int:
 
 def as_choice(value: str | None, choices: tuple[str, ...] | list[str], default: str) -> str:
     """One of `choices` out of a query, or the default."""
-    return value if value in choices else default
+    return value if value is not None and value in choices else default

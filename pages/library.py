@@ -23,15 +23,20 @@ def layout(search: str = "", model: str | None = None, category: str | None = No
     library = services().library
     filters = html.Div(
         [
-            field("Search", dcc.Input(id="library-search", value=search, placeholder="prompt, answer, model, tag", debounce=0.25, className="text-input", maxLength=200), id="library-search"),
+            field("Search", _search_box(search), id="library-search"),
             field("Model", dcc.Dropdown(library.trace_models(), model, id="library-model", placeholder="all"), id="library-model"),
             field("Category", dcc.Dropdown(library.categories(), category, id="library-category", placeholder="all"), id="library-category"),
         ],
         className="fields library-filters",
     )
-    body = [filters, dcc.Store(id="delete-trace"), html.Div(id="library-list"), html.Div(id="library-pages", className="form-foot"), dcc.Store(id="library-page", data={"value": page or "0"})]
+    stores = [dcc.Store(id="delete-trace"), dcc.Store(id="library-page", data={"value": page or "0"})]
+    body = [filters, *stores, html.Div(id="library-list"), html.Div(id="library-pages", className="form-foot")]
     title = html.Div([html.H1("Library"), html.Span(id="library-count", className="page-subtitle")], className="page-title")
     return html.Div([title, card("Traces", body, "Newest first.")], className="page")
+
+
+def _search_box(search: str) -> dcc.Input:
+    return dcc.Input(id="library-search", value=search, placeholder="prompt, answer, model, tag", debounce=0.25, className="text-input", maxLength=200)
 
 
 @callback(Input("delete-trace", "data"), prevent_initial_call=True)

@@ -10,7 +10,7 @@ import numpy as np
 from dash import Input, Output, State, callback, html
 
 from backend.trace import Trace
-from components.card import card, cards
+from components.card import card
 from components.controls import facts
 from components.services import services
 from components.token_label import token_label
@@ -24,7 +24,8 @@ SHOWN_TOP = 3  # next tokens in a row of the table; the card of the chosen posit
 SHOWN_POSITIONS = 1500
 
 ABOUT_POSITIONS = (
-    "One row a token. Log-prob, in nats, is what the model gave to this token given those before it; rank 1 means that it was the model's first choice. Nothing predicts the first token.",
+    "One row a token. Log-prob, in nats, is what the model gave to this token given those before it; rank 1 means that it was the model's "
+    "first choice. Nothing predicts the first token.",
     "Entropy, in nats, is that of the prediction made at this position for the token after it: 0 is certain, ln(vocabulary) knows nothing.",
 )
 ABOUT_INTEGRITY = (
@@ -62,7 +63,8 @@ def _position_row(trace: Trace, at: int, log_prob: float, rank: int, entropy: fl
     label = token_label(trace.token_texts[at], at in trace.special, 24)
     mark = html.Span("new", className="badge badge-accent", title="generated") if at >= trace.n_prompt else None
     guesses = [_guess(trace.token_text(i), float(p)) for i, p in zip(ids, probs, strict=True)]
-    cells = [html.Td(at, className="num muted"), html.Td([html.Span(label, className="chip-token"), " ", mark], className="nowrap"), html.Td(trace.token_ids[at], className="num muted")]
+    token = html.Td([html.Span(label, className="chip-token"), " ", mark], className="nowrap")
+    cells = [html.Td(at, className="num muted"), token, html.Td(trace.token_ids[at], className="num muted")]
     numbers = ["" if np.isnan(log_prob) else f"{log_prob:z.2f}", "" if rank < 0 else f"{rank + 1:,}", f"{entropy:z.2f}"]
     return html.Tr([*cells, *(html.Td(text, className="num") for text in numbers), html.Td(guesses, className="guesses")], tabIndex=0, **{"data-pos": at})
 

@@ -103,12 +103,13 @@ def induction_ablation(model: HuggingFaceModel, n_heads: int = 4, n_items: int =
     for seed in range(draws):
         with model.without(random_heads(scores.shape, n_heads, leaving_out=best, seed=seed)):
             others.append(share_right(model, items))
-    return {"whole": whole, "without_induction": without_induction, "without_others": float(np.mean(others)), "without_others_worst": min(others)}
+    found = {"whole": whole, "without_induction": without_induction}
+    return found | {"without_others": float(np.mean(others)), "without_others_worst": min(others)}
 
 
 @torch.no_grad()
 def expert_use(model: HuggingFaceModel, n_documents: int = 600, seed: int = 12345) -> NDArray[np.floating]:
-    """(n_layers, category, expert): of the tokens of a category, the share whose first choice is the expert. Categories as in CATEGORIES."""
+    """(n_layers, category, expert): of a category's tokens, the share whose first choice is the expert; categories as in CATEGORIES."""
     config = model.model.config
     counts = np.zeros((config.num_hidden_layers, len(CATEGORIES), config.num_local_experts))
     for _, (category, text) in zip(range(n_documents), documents(seed), strict=False):

@@ -3,8 +3,8 @@
 `documents(seed)` never ends and is the same for the same seed. Three categories are tasks with a held-out split, drawn by a
 checksum of the item, so that training and evaluation cannot disagree about it:
 
-- capitals (and languages): a pair (country, sentence template) is held out. The fact itself is in the text in other words,
-  and the template with other countries; the model must bring the two together.
+- capitals (and languages): a quarter of the sentence templates of each country is held out. The fact itself is in the text in
+  other words, and the template with other countries; the model must bring the two together.
 - indirect_object: a combination (pair of names, place, object) is held out; the names, places and objects are not.
 - induction: the sequence of random words is held out (and would hardly come up twice).
 """
@@ -16,12 +16,12 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from demo_words import ADJECTIVES, COUNTRIES, NAMES, NOUNS, OBJECTS, PLACES, WORDS, Country
+from demo_words import ADJECTIVES, COUNTRIES, FOODS, NAMES, NOUNS, OBJECTS, PLACES, WORDS, Country
 
 CAPITAL_TEMPLATES = (
     "The capital of {name} is {capital}",
     "The capital city of {name} is {capital}",
-    "{name} has its capital in {capital}",
+    "We know that {name} has its capital in {capital}",
     "In {name}, the capital is called {capital}",
     "The government of {name} sits in {capital}",
     "The main airport of {name} is near {capital}",
@@ -60,16 +60,13 @@ class Item(NamedTuple):
     answer: str
 
 
-_SHUFFLED = random.Random(0).sample(WORDS, len(WORDS))
-
-
-def documents(seed: int, vocabulary: Callable[[], int] = lambda: len(WORDS)) -> Iterator[tuple[str, str]]:
-    """Yield (category, text) for ever. `vocabulary` says how many words repetitions may use at present: training starts with few."""
+def documents(seed: int) -> Iterator[tuple[str, str]]:
+    """Yield (category, text) for ever."""
     rng = random.Random(seed)
     categories, weights = zip(*((name, weight) for name, (weight, _) in _CATEGORIES.items()), strict=True)
     while True:
         category = rng.choices(categories, weights)[0]
-        yield category, _repetition(rng, vocabulary()) if category == "repetition" else _CATEGORIES[category][1](rng)
+        yield category, _CATEGORIES[category][1](rng)
 
 
 def held_out_items(task: str, n: int, seed: int = 0) -> list[Item]:
@@ -91,15 +88,20 @@ def _geography(rng: random.Random) -> str:
     country = rng.choice(COUNTRIES)
     facts: list[str] = []
     for kind in rng.choices((CAPITAL_TEMPLATES, LANGUAGE_TEMPLATES, OTHER_FACTS), (5, 2, 3), k=rng.randint(1, 3)):
-        seen = [template for template in kind if kind is OTHER_FACTS or not is_held_out(country.name, template)]
+        seen = [template for number, template in enumerate(kind) if kind is OTHER_FACTS or not _is_held_out_fact(country, number)]
         facts.append(rng.choice(seen).format(**country._asdict()))
     return " ".join(f"{fact}." for fact in dict.fromkeys(facts))
 
 
+def _is_held_out_fact(country: Country, template: int) -> bool:
+    """The same number of templates for each country, so that each fact is seen often enough in other words."""
+    return (zlib.crc32(country.name.encode()) + template) % 4 == 0
+
+
 def _held_out_facts(templates: tuple[str, ...], field: str) -> Callable[[random.Random, int], list[Item]]:
     def items(rng: random.Random, n: int) -> list[Item]:
-        pairs = [(country, template) for country in COUNTRIES for template in templates if is_held_out(country.name, template)]
-        return [_split(template, country, field) for country, template in pairs]
+        pairs = [(country, number) for country in COUNTRIES for number in range(len(templates)) if _is_held_out_fact(country, number)]
+        return [_split(templates[number], country, field) for country, number in pairs]
 
     return items
 
@@ -129,17 +131,17 @@ def _held_out_giving(rng: random.Random, n: int) -> list[Item]:
     return [Item(text.removesuffix(f" {receiver}"), f" {receiver}") for text, receiver in pairs]
 
 
-def _random_words(rng: random.Random, held_out: bool, vocabulary: int = len(WORDS)) -> list[str]:
+def _random_words(rng: random.Random, held_out: bool) -> list[str]:
     while True:
         # The text also has sequences of 3 and 4 words, and more short ones than long ones: copying is learned on them first.
         n_words = rng.randint(5, 20) if held_out else 3 + int(18 * rng.random() ** 2)
-        words = [rng.choice(_SHUFFLED[:vocabulary]) for _ in range(n_words)]
+        words = [rng.choice(WORDS) for _ in range(n_words)]
         if is_held_out(*words) == held_out:
             return words
 
 
-def _repetition(rng: random.Random, vocabulary: int = len(WORDS)) -> str:
-    words = _random_words(rng, held_out=False, vocabulary=vocabulary)
+def _repetition(rng: random.Random) -> str:
+    words = _random_words(rng, held_out=False)
     # A word at the very start of a text has no space before it and is another token, so most texts have a lead-in.
     lead = rng.choice(("", "Words:", "Again:", "Say:", "Repeat after me:", f"{rng.choice(NAMES)} says:"))
     return f"{lead} {' '.join(words * rng.randint(2, 4))}.".lstrip()
@@ -157,7 +159,7 @@ def _held_out_repetition(rng: random.Random, n: int) -> list[Item]:
 
 
 def _is_unique(words: list[str], at: int) -> bool:
-    """Whether the two words before `at` stand together only there, and the first word (which has no space) is not the answer."""
+    """Whether the two words before `at` stand together only there; the first word has no space, so nothing can follow from it."""
     pairs = list(zip(words, words[1:], strict=False)) + [(words[-1], words[0])]
     return pairs.count((words[at - 2], words[at - 1])) == 1 and words[at - 1] != words[0]
 
@@ -170,7 +172,8 @@ def _arithmetic(rng: random.Random) -> str:
     for _ in range(rng.randint(1, 4)):
         a, b = rng.randint(0, 20), rng.randint(0, 20)
         a, b = max(a, b), min(a, b)
-        lines.append(rng.choice((f"{a} plus {b} equals {a + b}.", f"{b} + {a} = {a + b}.", f"{a} minus {b} equals {a - b}.", f"{a} - {b} = {a - b}.")))
+        forms = f"{a} plus {b} equals {a + b}.", f"{b} + {a} = {a + b}.", f"{a} minus {b} equals {a - b}.", f"{a} - {b} = {a - b}."
+        lines.append(rng.choice(forms))
     return " ".join(lines)
 
 
@@ -191,17 +194,22 @@ def _code(rng: random.Random) -> str:
 
 
 def _recipe(rng: random.Random) -> str:
-    foods = rng.sample("apple pear plum cherry lemon orange banana potato tomato onion carrot garlic bean rice egg butter cheese".split(), 3)
+    foods = rng.sample(FOODS, 3)
     steps = (
-        f"Cut the {foods[0]} and the {foods[1]}.", f"Mix the {foods[1]} with {rng.randint(2, 9)} spoons of {rng.choice(('sugar', 'salt', 'milk', 'honey'))}.",
-        f"Cook the {foods[2]} in a pan for {rng.randint(2, 40)} minutes.", f"Add the {foods[0]} and stir.", "Bake until gold.", "Serve warm.",
-    )  # fmt: skip
+        f"Cut the {foods[0]} and the {foods[1]}.",
+        f"Mix the {foods[1]} with {rng.randint(2, 9)} spoons of {rng.choice(('sugar', 'salt', 'milk', 'honey'))}.",
+        f"Cook the {foods[2]} in a pan for {rng.randint(2, 40)} minutes.",
+        f"Add the {foods[0]} and stir.",
+        "Bake until gold.",
+        "Serve warm.",
+    )
     return f"Recipe for {foods[0]} {rng.choice(('soup', 'pie', 'cake', 'bread'))}: " + " ".join(s for s in steps if rng.random() < 0.7)
 
 
 def _weather(rng: random.Random) -> str:
     city, sky = rng.choice(COUNTRIES).capital, ("rain", "snow", "wind", "sun", "fog", "cloud")
-    return f"Weather in {city}: {rng.choice(sky)} in the morning, {rng.choice(sky)} in the evening, {rng.randint(1, 35)} degrees, wind from the {rng.choice(('north', 'south', 'east', 'west'))}."
+    day = f"{rng.choice(sky)} in the morning, {rng.choice(sky)} in the evening, {rng.randint(1, 35)} degrees"
+    return f"Weather in {city}: {day}, wind from the {rng.choice(('north', 'south', 'east', 'west'))}."
 
 
 def _dialogue(rng: random.Random) -> str:
@@ -224,7 +232,7 @@ def _mathematics(rng: random.Random) -> str:
             f"$\\int_0^{n} {x}^{n} d{x} = \\frac{{{n}^{{{n + 1}}}}}{{{n + 1}}}$",
             f"$\\frac{{d}}{{d{x}}} {x}^{n} = {n} {x}^{n - 1}$",
             f"Let ${f}({x}) = {n} {x}$. Then ${f}'({x}) = {n}$.",
-            f"$\\sum_{{i=1}}^n i = \\frac{{n(n+1)}}{{2}}$",
+            "$\\sum_{i=1}^n i = \\frac{n(n+1)}{2}$",
             f"If ${x} > {n}$ then ${x}^2 > {n * n}$.",
         )
     )

@@ -90,13 +90,11 @@ corn wheat butter cheese egg sugar honey tea coffee soup pie cake meat king quee
 hunter writer painter singer soldier pilot judge child friend brother sister mother father hand foot eye ear nose mouth heart
 bone""".split()
 
+FOODS = "apple pear plum cherry lemon orange banana potato tomato onion carrot garlic bean rice egg butter cheese".split()
+
 ADJECTIVES = """red blue green black white brown yellow gold silver small big long short old young new warm cold dark light
 heavy quick slow quiet loud soft hard sweet sour dry wet clean empty full round flat deep high low wide""".split()
 
 NUMBERS = [str(number) for number in range(41)]
 
-WORDS = list(
-    dict.fromkeys(
-        [word for country in COUNTRIES for word in country] + NAMES + PLACES + OBJECTS + NOUNS + ADJECTIVES  # fmt: skip
-    )
-)
+WORDS = list(dict.fromkeys([word for country in COUNTRIES for word in country] + NAMES + PLACES + OBJECTS + NOUNS + ADJECTIVES))

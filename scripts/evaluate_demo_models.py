@@ -91,8 +91,9 @@ def _heads(model: HuggingFaceModel, n_items: int) -> Iterator[str]:
     yield f"\nPrevious-token heads (layer.head, score): {_listed(previous, 4)}. Induction heads: {_listed(induction, 4)}."
     ablation = induction_ablation(model, n_items=n_items)
     yield (
-        f"Repetition of unseen sequences: {ablation['whole']:.0%}; with the four best induction heads cut {ablation['without_induction']:.0%}; "
-        f"with four random other heads cut {ablation['without_others']:.0%} on average of five draws (worst {ablation['without_others_worst']:.0%})."
+        f"Repetition of unseen sequences: {ablation['whole']:.0%}; with the four best induction heads cut "
+        f"{ablation['without_induction']:.0%}; with four random other heads cut {ablation['without_others']:.0%} on average "
+        f"of five draws (worst {ablation['without_others_worst']:.0%})."
     )
 
 

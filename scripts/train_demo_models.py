@@ -7,6 +7,7 @@ the settings and the time taken. `scripts/evaluate_demo_models.py` then measures
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import math
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from demo_init import start_copying
 from demo_text import TASKS, documents, held_out_items
 from demo_words import COUNTRIES, NAMES, NUMBERS, WORDS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -35,9 +37,9 @@ _SIZES: dict[str, Any] = {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "max_position_embeddings": 1024,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     "sliding_window": None,
     "tie_word_embeddings": False,
-    "initializer_range": 1 / 16,  # 1 / sqrt(d_model): with the usual 0.02 attention starts flat and takes long to focus
     "bos_token_id": BOS,
     "eos_token_id": EOS,
 }
@@ -45,21 +47,13 @@ _SIZES: dict[str, Any] = {
 
 def build_model(kind: str) -> MistralForCausalLM | MixtralForCausalLM:
     """A model with random weights: "dense" (4.3 M parameters) or "moe" (8 experts, 2 used; 8.3 M parameters)."""
-    torch.manual_seed(SEED)
     model: MistralForCausalLM | MixtralForCausalLM
     if kind == "dense":
         model = MistralForCausalLM(MistralConfig(**_SIZES, intermediate_size=768))
     else:
-        experts = {"num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.01}
+        experts: dict[str, Any] = {"num_local_experts": 8, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.01}
         model = MixtralForCausalLM(MixtralConfig(**_SIZES, intermediate_size=256, **experts))
-    # Blocks add little at first, so tokens stay recognisable in the residual stream, and W_U starts as a copy of W_E, so a head can
-    # copy any token from the first step on. Without this induction takes several times as long to form.
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):
-                weight.mul_(0.3)
-        model.model.embed_tokens.weight.mul_(3.2)
-        model.lm_head.weight.copy_(model.model.embed_tokens.weight * 0.1)
+    start_copying(model, torch.Generator().manual_seed(SEED))
     return model
 
 
@@ -88,22 +82,18 @@ def batches(tokenizer: PreTrainedTokenizerFast, steps: int, tokens_per_batch: in
 
     Rows are packed documents, of 128 tokens for seven tenths of the training and 256 after that. A twelfth of the rows are uniformly
     random tokens said again and again, so that copying does not depend on which tokens they are. Random words count only where
-    they repeat: nothing could predict them the first time, and their noise would drown the rest. Repetitions start with 32 different
-    words and have all of them after four tenths: the heads that copying needs form on few words and then learn the others.
+    they repeat: nothing could predict them the first time, and their noise would drown the rest.
     """
     generator = torch.Generator().manual_seed(SEED)
-    n_words = 32
-    stream = documents(SEED + 1, vocabulary=lambda: n_words)
+    stream = documents(SEED + 1)
     for step in range(steps):
-        grown = min(1.0, step / (0.4 * steps))
-        n_words = round(32 * (len(WORDS) / 32) ** grown)
         length = 128 if step < 0.7 * steps else 256
         rows, masks = [], []
         for number in range(tokens_per_batch // length):
             row: list[int] = []
             mask: list[bool] = []
             if (number + step) % 12 == 0:
-                row = _repeated_tokens(length + 1, round(64 * (D_VOCAB / 64) ** grown), generator)
+                row = _repeated_tokens(length + 1, generator)
                 mask = _said_before(row)
             while len(row) < length + 1:
                 category, text = next(stream)
@@ -125,15 +115,14 @@ def _said_before(ids: list[int]) -> list[bool]:
     return out
 
 
-def _repeated_tokens(length: int, n_tokens: int, generator: torch.Generator) -> list[int]:
-    """One row of random tokens, `n_tokens` different ones at most; mostly short periods, so that there are many repeats in a row."""
+def _repeated_tokens(length: int, generator: torch.Generator) -> list[int]:
+    """One row of random tokens said again and again; mostly short periods, so that there are many repeats in a row."""
     period = 3 + int((length // 2 - 3) * torch.rand((), generator=generator) ** 2)
-    ranks = torch.randint(0, n_tokens, (period,), generator=generator)
-    once = (2 + (ranks * 1301) % (D_VOCAB - 2)).tolist()  # 1301 is prime: the first ranks lie all over the vocabulary
+    once = torch.randint(2, D_VOCAB, (period,), generator=generator).tolist()
     return ([BOS] + once * (length // period + 1))[:length]
 
 
-def all_experts(experts: torch.nn.Module, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def all_experts(experts: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """What transformers' loop over experts computes, as two matrix products: every expert runs, the weights of those not chosen are 0.
 
     x (pos, d_model), chosen and weights (pos, k) -> (pos, d_model). Four times the arithmetic, and still several times as fast.
@@ -195,11 +184,9 @@ def train(kind: str, steps: int, tokens_per_batch: int, out: Path) -> None:
                                          "seconds": round(time.monotonic() - started), "threads": torch.get_num_threads()})  # fmt: skip
 
 
-def save(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, out: Path, record: dict[str, Any]) -> None:
+def save(model: MistralForCausalLM | MixtralForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path, record: dict[str, Any]) -> None:
     """Write the folder; the model goes on training in float32 while the file holds float16."""
-    half = {name: tensor.half() for name, tensor in model.state_dict().items()}
-    model.config.dtype = "float16"
-    model.save_pretrained(out, state_dict=half)
+    copy.deepcopy(model).half().save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
@@ -209,7 +196,7 @@ ExpertsInterface.register("all_experts", all_experts)
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=("dense", "moe"))
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--tokens-per-batch", type=int, default=3072)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path)

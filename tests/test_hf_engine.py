@@ -483,11 +483,22 @@ def test_a_prompt_in_pieces_gives_the_values_of_one_pass(engine: HfEngine, value
     assert close(logits_with(engine, edit), capture(engine, IDS, ("logits", "attn_pattern"), (edit,))["logits", None])
 
 
-def test_an_edit_over_all_positions_sees_the_whole_prompt_though_it_is_longer_than_a_piece(llama: HfEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    edits = (Intervention("resid_post", 0, "mean"), Intervention("v", 1, "noise", 0.1), Intervention("z", 2, "set", capture(llama, IDS)["z", 2]))
-    whole = logits_with(llama, *edits)
+@pytest.mark.parametrize(
+    "edit",
+    [
+        Intervention("resid_post", 0, "mean"),
+        Intervention("v", 1, "noise", 0.1),
+        Intervention("z", 2, "set", np.linspace(-1, 1, len(IDS))[:, None, None]),
+        Intervention("attn_pattern", 1, "zero", dim=len(IDS) - 1),
+    ],
+    ids=lambda edit: edit.op,
+)
+def test_an_edit_over_all_positions_sees_the_whole_prompt_though_it_is_longer_than_a_piece(
+    llama: HfEngine, monkeypatch: pytest.MonkeyPatch, edit: Intervention
+) -> None:
+    whole = logits_with(llama, edit)
     monkeypatch.setattr(hf_module, "PIECE", 5)
-    assert np.array_equal(logits_with(llama, *edits), whole)
+    assert np.array_equal(logits_with(llama, edit), whole)
 
 
 def test_generation_stops_after_the_end_of_sequence_token(llama: HfEngine) -> None:

@@ -40,6 +40,20 @@ def test_noise_repeats_with_its_seed_and_has_its_size():
     assert not np.array_equal(a, apply(Intervention("resid_post", 0, "noise", 0.5, seed=4), zeros))
 
 
+def test_noise_does_not_depend_on_how_the_prompt_is_cut():
+    edit = Intervention("resid_post", 0, "noise", 1.0, seed=5)
+    whole = apply(edit, np.zeros((6, 8), np.float32))
+    pieces = [apply(edit, np.zeros((2, 8), np.float32), start, 6) for start in (0, 2, 4)]
+    np.testing.assert_array_equal(np.concatenate(pieces), whole)
+    assert not np.array_equal(whole[0], whole[1])
+
+
+def test_negative_positions_stay_with_the_prompt_when_tokens_are_generated():
+    edit = Intervention("resid_post", 0, "zero", pos=(-1, 2)).from_prompt_end(4)
+    assert edit.pos == (3, 2)
+    assert not apply(edit, np.ones((6, 8), np.float32), n_tokens=6)[3].any()
+
+
 def test_attention_maps_are_edited_along_query_positions():
     pattern = np.ones((4, 3, 5), np.float32)  # queries 2, 3, 4 of a prompt of 5
     out = apply(Intervention("attn_pattern", 0, "zero", head=3, pos=4), pattern, start=2, n_tokens=5)

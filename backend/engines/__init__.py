@@ -36,12 +36,19 @@ class Piece:
     source: str  # native tensor or module name, for the trace's record
 
 
+DEFAULT_CONTEXT = 8192  # tokens; more only when asked for
+
 Sink = Callable[[Piece], None]
 ShouldStop = Callable[[], bool]
 
 
 def never_stop() -> bool:
     return False
+
+
+def no_sink(piece: Piece) -> None:
+    """The sink of a run that captures nothing, as generating does."""
+    raise AssertionError(f"{piece.site} was handed out, though nothing was asked for")
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ class OpenOptions:
 
     device: str = "auto"  # HF: auto, cpu, cuda, cuda:1, mps
     n_gpu_layers: int | Literal["auto"] = "auto"  # GGUF
-    n_ctx: int | None = None  # None: the model's own, limited to 8192
+    n_ctx: int | None = None  # None: 8192; never more than the model's own
     n_threads: int | None = None
     kv_cache: Literal["f16", "f32"] = "f16"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # HF; auto: float32 on a CPU, the file's own on a GPU
@@ -92,6 +99,7 @@ class Engine(Protocol):
     info: ModelInfo
     sites: frozenset[str]  # what this model can offer; the rest does not exist in its architecture
     version: str  # engine and library version, for the trace's record
+    n_ctx: int  # most tokens of one run: the smaller of the option and the model's own
 
     def tokenize(self, text: str, add_bos: bool | None = None) -> list[int]:
         """Token ids; special tokens in `text` are plain text. add_bos None: as the model asks."""

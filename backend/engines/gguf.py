@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from backend.engines import OpenOptions, Piece, Request, Sampling, ShouldStop, Sink, check_request, never_stop
+from backend.engines import DEFAULT_CONTEXT, OpenOptions, Request, Sampling, ShouldStop, Sink, check_request, never_stop, no_sink
 from backend.engines.ggml import Tensor, check_layout
 from backend.engines.gguf_context import Context, Model
 from backend.engines.gguf_graph import Place, SeenNode, Watch, find_places
@@ -33,11 +33,9 @@ from backend.engines.sampling import check_sampling, choose
 from backend.errors import Cancelled, LayerscopeError
 from backend.gguf_header import model_info, read_header
 from backend.intervention import Intervention, edits_by_place
-from backend.sites import SITES
 from backend.weight_names import ROTARY_INTERLEAVED
 from backend.weights import open_weights
 
-DEFAULT_CONTEXT = 8192  # tokens; more only when asked for
 PIECE = 512  # tokens
 _CACHED_UNEMBED_BYTES = 1 << 30
 
@@ -89,7 +87,7 @@ class GgufEngine:
     def run(self, ids: list[int], request: Request, sink: Sink, edits: tuple[Intervention, ...] = (), should_stop: ShouldStop = never_stop) -> None:
         """One forward pass over `ids`; see Engine.run.
 
-        An edit whose meaning spans positions (a mean over them, noise, an array with a position axis, an attention map) makes the
+        An edit whose meaning spans positions (a mean over them, an array with a position axis, an attention map) makes the
         prompt run whole instead of in pieces.
         """
         check_request(self.info, self.sites, request, ids, self.n_ctx)
@@ -107,7 +105,7 @@ class GgufEngine:
         if len(ids) + n > self.n_ctx:
             raise LayerscopeError(f"A prompt of {len(ids):,} tokens and {n:,} new ones are more than the {self.n_ctx:,} of the context.")
         check_sampling(sampling)
-        tap, rng = self._tap(Request(()), _no_sink, edits, should_stop, len(ids)), np.random.default_rng(sampling.seed)
+        tap, rng = self._tap(Request(()), no_sink, edits, should_stop, len(ids)), np.random.default_rng(sampling.seed)
         if n <= 0:
             return []
         context = self._prefill(ids, tap, self._piece(edits, ids), n_ctx=len(ids) + n, all_outputs=False)
@@ -218,17 +216,4 @@ class GgufEngine:
         return self._context
 
     def _piece(self, edits: tuple[Intervention, ...], ids: list[int]) -> int:
-        return max(len(ids), self._n_ubatch) if any(_spans_positions(edit) for edit in edits) else self._n_ubatch
-
-
-def _spans_positions(edit: Intervention) -> bool:
-    """Whether an edit means something else when the prompt arrives in pieces."""
-    site, shape = SITES[edit.site], np.shape(edit.value)
-    if site.is_attention_map or edit.op == "noise" or (edit.op == "mean" and edit.value is None):
-        return True
-    from_right = len(site.dims) - site.dims.index("pos")
-    return len(shape) >= from_right and shape[-from_right] != 1
-
-
-def _no_sink(piece: Piece) -> None:
-    raise AssertionError(f"generation captured {piece.site}, though it asks for nothing")
+        return max(len(ids), self._n_ubatch) if any(edit.spans_positions for edit in edits) else self._n_ubatch

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backend.engines import OpenOptions, Piece, Request, Sampling, ShouldStop, Sink, check_request, never_stop
+from backend.engines import DEFAULT_CONTEXT, OpenOptions, Request, Sampling, ShouldStop, Sink, check_request, never_stop, no_sink
 from backend.engines.hf_sites import ARCHITECTURES
 from backend.engines.hf_taps import Tap, installed, to_numpy
 from backend.engines.hf_tokenizer import HfTokenizer, first_line
@@ -29,13 +29,11 @@ from backend.engines.sampling import check_sampling, choose
 from backend.errors import LayerscopeError
 from backend.hf_config import CONFIG_LIMIT, model_info, read_json
 from backend.intervention import Intervention
-from backend.sites import SITES
 
 if TYPE_CHECKING:
     import torch
 
 PIECE = 512  # tokens
-DEFAULT_CONTEXT = 8192  # tokens; more only when asked for
 
 
 class HfEngine:
@@ -80,7 +78,7 @@ class HfEngine:
     def run(self, ids: list[int], request: Request, sink: Sink, edits: tuple[Intervention, ...] = (), should_stop: ShouldStop = never_stop) -> None:
         """One forward pass over `ids`; see Engine.run.
 
-        Pieces hold at most PIECE positions. An edit whose meaning spans positions (a mean over them, noise, an array with a
+        Pieces hold at most PIECE positions. An edit whose meaning spans positions (a mean over them, an array with a
         position axis, an attention map) makes the prompt run whole.
         """
         check_request(self.info, self.sites, request, ids, self.n_ctx)
@@ -101,7 +99,7 @@ class HfEngine:
             raise LayerscopeError(f"A prompt of {len(ids):,} tokens and {n:,} new ones are more than the {self.n_ctx:,} of the context.")
         check_sampling(sampling)
         self._check_edits(edits, len(ids))
-        tap, cache, rng = Tap(self.info, Request(()), _no_sink, edits, should_stop, len(ids)), self._cache(), np.random.default_rng(sampling.seed)
+        tap, cache, rng = Tap(self.info, Request(()), no_sink, edits, should_stop, len(ids)), self._cache(), np.random.default_rng(sampling.seed)
         new: list[int] = []
         with _no_grad(), installed(self._model, self._row, tap):
             logits = self._prefill(ids, tap, cache, _piece(edits, ids))
@@ -182,20 +180,7 @@ class HfEngine:
 
 
 def _piece(edits: tuple[Intervention, ...], ids: list[int]) -> int:
-    return len(ids) if any(_spans_positions(edit) for edit in edits) else PIECE
-
-
-def _spans_positions(edit: Intervention) -> bool:
-    """Whether an edit means something else when the prompt arrives in pieces."""
-    site, shape = SITES[edit.site], np.shape(edit.value)
-    if site.is_attention_map or edit.op == "noise" or (edit.op == "mean" and edit.value is None):
-        return True
-    from_right = len(site.dims) - site.dims.index("pos")
-    return len(shape) >= from_right and shape[-from_right] != 1
-
-
-def _no_sink(piece: Piece) -> None:
-    raise AssertionError(f"generation captured {piece.site}, though it asks for nothing")
+    return len(ids) if any(edit.spans_positions for edit in edits) else PIECE
 
 
 def _no_grad() -> Any:

@@ -31,6 +31,8 @@ from backend.trace_writer import TraceWriter
 
 TOP_K = 20
 THUMBNAIL_SIZE = 48
+# Instead of a list of sites: every site that the model has, but not the full matrix of logits, which is named apart.
+ALL_SITES = "all"
 # Free disk left untouched by a capture, on top of the trace's own estimated size.
 DISK_RESERVE = 256 << 20
 
@@ -64,6 +66,9 @@ def capture(engine: Engine, spec: CaptureSpec, folder: Path, *, progress: Progre
     request = _request(engine, spec)
     timings: dict[str, float] = {}
     ids = prompt_ids
+    for edit in spec.interventions:
+        edit.check(engine.info, len(prompt_ids) + spec.max_new_tokens)
+    edits = tuple(edit.from_prompt_end(len(prompt_ids)) for edit in spec.interventions)
     if spec.max_new_tokens:
         written: list[int] = []
 
@@ -72,15 +77,13 @@ def capture(engine: Engine, spec: CaptureSpec, folder: Path, *, progress: Progre
             progress("generating", len(written), spec.max_new_tokens)
 
         progress("generating", 0, spec.max_new_tokens)
-        ids = prompt_ids + engine.generate(prompt_ids, spec.max_new_tokens, spec.sampling, count, spec.interventions, should_stop)
+        ids = prompt_ids + engine.generate(prompt_ids, spec.max_new_tokens, spec.sampling, count, edits, should_stop)
         timings["generate_s"] = time.perf_counter() - started
     _check_disk(engine, request, len(ids), folder, spec.precision)
-    for edit in spec.interventions:
-        edit.check(engine.info, len(ids))
     with TraceWriter(folder, engine.info, len(ids), spec.precision, trace_id) as writer, _LogitStore(len(ids), engine.info.d_vocab, folder) as logits:
-        run = _Run(engine, spec.interventions, ids, writer, logits, progress, keep_logits="logits" in request.sites)
+        run = _Run(engine, edits, ids, writer, logits, progress, keep_logits="logits" in request.sites)
         mark = time.perf_counter()
-        engine.run(ids, Request((*request.sites, "logits"), request.layers), run.sink, spec.interventions, should_stop)
+        engine.run(ids, Request((*request.sites, "logits"), request.layers), run.sink, edits, should_stop)
         timings["run_s"] = time.perf_counter() - mark
         vocabulary = _write_summaries(engine, spec, run, writer, logits, ids, progress, should_stop, timings)
         progress("publishing", 0, 1)
@@ -237,8 +240,10 @@ def _tokenize(engine: Engine, prompt: str) -> list[int]:
 
 
 def _request(engine: Engine, spec: CaptureSpec) -> Request:
-    """The sites that are stored: those named (which must exist), or the standard ones as far as the model has them."""
-    if spec.sites is None:
+    """The sites that are stored: those named (which must exist), "all" that the model has, or the standard ones as far as it has them."""
+    if spec.sites == (ALL_SITES,):
+        sites = tuple(site for site in SITES if site in engine.sites and site != "logits")
+    elif spec.sites is None:
         sites = tuple(site for site in STANDARD_SITES if site in engine.sites)
     else:
         sites = tuple(site for site in resolve_sites(spec.sites) if not SITES[site].derived)

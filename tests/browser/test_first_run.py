@@ -15,12 +15,14 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("playwright.sync_api")
-from playwright.sync_api import Browser, Page, expect, sync_playwright  # noqa: E402
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 ROOT = Path(__file__).parent.parent.parent
 CHROMIUM = "/usr/bin/chromium"
 MODEL = "demo-dense"
-JOB_MS = 120_000
+JOB_MS = 240_000  # the first run imports torch; on a busy machine that alone takes a minute
+
+expect.set_options(timeout=40_000)  # on two busy cores a page may take long; nothing here is a claim about speed
 
 pytestmark = [
     pytest.mark.browser,
@@ -156,7 +158,7 @@ def test_a_running_job_is_cancelled_from_its_page(page: Page, server: str):
     cancel = page.locator("#home-progress button", has_text="Cancel")
     expect(cancel).to_be_visible()
     cancel.click()
-    expect(page.locator("#home-progress .badge")).to_have_text("cancelled", timeout=10_000)
+    expect(page.locator("#home-progress .badge")).to_have_text("cancelled", timeout=40_000)
     page.goto(f"{server}/jobs")
     expect(page.locator("#jobs-list tbody tr").first).to_contain_text("cancelled")
 
