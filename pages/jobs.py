@@ -49,5 +49,6 @@ def _row(job: Any) -> html.Tr:
         trace_id = job.result.get("trace_id")
         action = dcc.Link("Open", href=f"/trace?trace={trace_id}", className="btn btn-outline-secondary") if trace_id else None
     started = short_date(datetime.fromtimestamp(job.started_at or job.created_at, UTC).isoformat())
-    cells = [state_badge(job.state), html.Div([html.Div(one_line(job.title, 110)), html.Div(job.kind.replace("_", " "), className="muted small")]), stage, started]
-    return html.Tr([*(html.Td(cell) for cell in cells), html.Td(duration(job.elapsed_s), className="num nowrap"), html.Td(action, className="num")])
+    cells = [state_badge(job.state), html.Div([html.Div(one_line(job.title, 110)), html.Div(job.kind.replace("_", " "), className="muted small")]), stage]
+    times = [html.Td(started, className="nowrap"), html.Td(duration(job.elapsed_s), className="num nowrap")]
+    return html.Tr([*(html.Td(cell) for cell in cells), *times, html.Td(action, className="num")])

@@ -171,7 +171,10 @@ def show_target(token: dict[str, Any] | None, position: int | None, theme: str, 
     here = f"at {token_label(trace.token_texts[at], at in trace.special, 12)} (position {at})"
     if token and values is not None:
         label = token_label(token["token"], max_length=20)
-        return target_curves(values[0, :, at], values[1, :, at].astype(np.int64), rows[: values.shape[1]], label, theme), f"Probability and rank of {label} {here}."
+        figure = target_curves(values[0, :, at], values[1, :, at].astype(np.int64), rows[: values.shape[1]], label, theme)
+        n_tokens = token.get("n_tokens_of_target", 1)
+        more = f" The text has {n_tokens} tokens; this is the first." if n_tokens > 1 else ""
+        return figure, f"Probability and rank of {label} {here}.{more}"
     if at + 1 == trace.n_tokens:
         return no_figure(theme, "Nothing follows the last token: write a token to follow."), f"Probability and rank of a token {here}."
     label = token_label(trace.token_texts[at + 1], at + 1 in trace.special, 20)

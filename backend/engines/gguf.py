@@ -68,6 +68,7 @@ class GgufEngine:
         except BaseException:
             self.close()
             raise
+        self.compute = self.info.quantization
         self.sites = frozenset(site for site, _ in self._places)
         device = "GPU" if self._model.n_gpu_layers else "CPU"
         self.version = f"llama-cpp-python {importlib.metadata.version('llama-cpp-python')}, {device}, {options.kv_cache} KV cache"

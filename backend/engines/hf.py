@@ -60,8 +60,8 @@ class HfEngine:
         self._eos_ids = _eos_ids(path) | ({self.info.eos_id} if self.info.eos_id is not None else set())
         self.n_ctx = min(options.n_ctx or DEFAULT_CONTEXT, info.n_ctx)
         self.sites = self._row.sites
-        dtype = str(self._model.dtype).removeprefix("torch.")
-        self.version = f"transformers {transformers.__version__}, torch {torch.__version__}, {self.device}, {dtype}"
+        self.compute = str(self._model.dtype).removeprefix("torch.")
+        self.version = f"transformers {transformers.__version__}, torch {torch.__version__}, {self.device}, {self.compute}"
 
     def tokenize(self, text: str, add_bos: bool | None = None) -> list[int]:
         """Token ids; special tokens in `text` are plain text. add_bos None: as the tokenizer does by itself."""

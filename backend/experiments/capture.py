@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from backend.analysis import attention as attention_analysis
 from backend.analysis import logits as logits_analysis
-from backend.analysis.identities import Identities
+from backend.analysis.identities import Identities, tolerances
 from backend.engines import Engine, Piece, Request, Sampling, ShouldStop, never_stop
 from backend.errors import LayerscopeError
 from backend.experiments import Context, Progress, no_progress
@@ -115,7 +115,8 @@ class _Run:
     def __init__(self, engine: Engine, edits: tuple[Intervention, ...], ids: list[int], writer: TraceWriter, logits: _LogitStore,
                  progress: Progress, keep_logits: bool) -> None:  # fmt: skip
         self.ids, self.writer, self.logits, self.progress, self.keep_logits = ids, writer, logits, progress, keep_logits
-        self.identities = Identities(engine.info, weight=_weight_or_none(engine), unembed=engine.unembed, edited=edits_by_place(edits))
+        self.identities = Identities(engine.info, weight=_weight_or_none(engine), unembed=engine.unembed, edited=edits_by_place(edits),
+                                     limits=tolerances(engine.info.engine, engine.compute))  # fmt: skip
         self.n_layers = engine.info.n_layers
         self._rows: dict[int, list[dict[str, NDArray[np.float64]]]] = {}
         self.thumbs: dict[int, NDArray[np.uint8]] = {}

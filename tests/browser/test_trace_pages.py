@@ -191,19 +191,20 @@ def test_following_a_token_runs_as_a_job_and_draws_its_probability_through_the_l
 
     _, trace, model = server
     page = visit("lens", "lens-table", pos=4)
-    page.locator("#target-text").fill("the")
+    page.locator("#target-text").fill(" the")
     page.locator("#target-go").click()
-    page.wait_for_function("() => document.querySelector('#target-subtitle').textContent.startsWith('Probability and rank of the at')")
+    followed = "() => document.querySelector('#target-subtitle')?.textContent.startsWith('Probability and rank of ·the')"
+    page.wait_for_function(followed, timeout=4 * WAIT_MS)  # the worker loads torch first
     shown = page.evaluate("() => Array.from(document.querySelector('#target-curves .js-plotly-plot')._fullData[0].y)")
     engine = open_engine(model.hf, OpenOptions())
-    token = engine.tokenize("the", add_bos=False)[0]
+    token = engine.tokenize(" the", add_bos=False)[0]
     rows = [trace["embed"], *(trace["resid_post", layer] for layer in range(trace.info.n_layers))]
     expected = [np.exp(lens_analysis.target_row(engine.unembed(row[4:5]), token)[0][0]) for row in rows]
     engine.close()
     np.testing.assert_allclose(shown, expected, rtol=1e-3)
-    assert query_of(page)["target"] == "the"
-    page.reload()  # the pasted link shows it again, from the cache
-    page.wait_for_function("() => document.querySelector('#target-subtitle')?.textContent.startsWith('Probability and rank of the at')")
+    assert query_of(page)["target"] == " the"
+    page.reload()  # the link shows it again, from the cache
+    page.wait_for_function(followed)
 
 
 def test_the_dark_theme_redraws_the_figures_in_its_own_colours(visit):
