@@ -35,7 +35,10 @@ def trace(
     tag: Annotated[list[str] | None, typer.Option(help="A tag; repeat for more.")] = None,
     precision: Annotated[str, typer.Option(help="float16, or float32 to store every value as computed.")] = "float16",
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of the sampler.")] = 0,
+    top_k: Annotated[int, typer.Option(help="Sample among the k most probable tokens; 0 is off.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample among the tokens that hold this share of probability; 1 is off.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Leave out tokens below this share of the best one's probability; 0 is off.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampler: the same seed gives the same tokens.")] = 0,
     device: Annotated[str, typer.Option(help="HF: auto, cpu, cuda, ...")] = "auto",
     gpu_layers: Annotated[str, typer.Option(help="GGUF: layers on the GPU, a number or auto.")] = "auto",
     kv_cache: Annotated[str, typer.Option(help="GGUF: f16, or f32 for exact comparisons.")] = "f16",
@@ -48,6 +51,7 @@ def trace(
     Example: python -m backend trace --model demo-dense --prompt "The capital of France is" --max-new-tokens 4
     """
     from backend import Sampling, open_model
+    from backend.sites import parse_layers
 
     with open_model(model, device=device, n_gpu_layers=_auto_or_int(gpu_layers), n_ctx=n_ctx, kv_cache=_one_of("kv cache", kv_cache, ("f16", "f32"))) as opened, _Bar() as bar:
         result = opened.trace(
@@ -58,7 +62,7 @@ def trace(
             category=category,
             tags=tag or (),
             precision=_one_of("precision", precision, ("float16", "float32")),
-            sampling=Sampling(temperature=temperature, seed=seed),
+            sampling=Sampling(temperature, top_k, top_p, min_p, seed),
             out=out,
             progress=bar,
         )
@@ -174,19 +178,6 @@ class _Bar:
 
 
 # -- parsing ------------------------------------------------------------------------------------------------------------------
-
-
-def parse_layers(text: str | None) -> list[int] | None:
-    """ "0,3-5" -> [0, 3, 4, 5]; None or "all" -> None."""
-    if text is None or text.strip() in ("", "all"):
-        return None
-    layers: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or len(part) > 12:
-            raise LayerscopeError(f'Layers {text[:80]!r} are not of the form "0,3-5".')
-        layers.update(range(int(first), int(last or first) + 1) if int(last or first) < 100_000 else [int(last or first)])
-    return sorted(layers)
 
 
 def _split(values: list[str] | None) -> list[str] | None:

@@ -77,6 +77,9 @@ SITES: dict[str, Site] = {site.name: site for site in _TABLE}
 STANDARD_SITES = ("embed", "q", "k", "v", "rot_q", "rot_k", "attn_pattern", "z", "attn_out", "resid_mid", "mlp_post", "mlp_out",
                   "resid_post", "router_logits", "router_probs", "expert_indices", "expert_weights", "ln_final_out")  # fmt: skip
 
+# Instead of a list of sites: every site that the model has, but not the full matrix of logits, which is named apart.
+ALL_SITES = "all"
+
 _HOOK_TO_SITE = {site.hook: site.name for site in _TABLE}
 _GGML_TO_SITE = {name: site.name for site in _TABLE for name in site.ggml}
 
@@ -108,3 +111,19 @@ def resolve_sites(names: Iterable[str]) -> tuple[str, ...]:
     """Canonical names in table order, duplicates dropped. Layers inside aliases are not allowed here: name layers apart."""
     wanted = {resolve_site(name)[0] for name in names}
     return tuple(name for name in SITES if name in wanted)
+
+
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
+    """ "0-2, 5" -> (0, 1, 2, 5); "all" or nothing -> None. Raises LayerscopeError."""
+    if text is None or text.strip().lower() in ("", "all"):
+        return None
+    layers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = (piece.strip() for piece in part.partition("-"))
+        if not first.isdecimal() or (dash and not last.isdecimal()) or len(part) > 12:
+            raise LayerscopeError(f'Layers {text[:60]!r} are not of the form "0-2, 5" or "all".')
+        low, high = int(first), int(last or first)
+        if low > high or high > 9999:
+            raise LayerscopeError(f"Layers {part.strip()!r} are not a range of layers between 0 and 9999.")
+        layers.update(range(low, high + 1))
+    return tuple(sorted(layers))

@@ -14,7 +14,7 @@ from dash import dcc, html
 
 from backend.errors import LayerscopeError
 from backend.estimate import Estimate, estimate, rough_tokens
-from backend.sites import SITES, STANDARD_SITES, resolve_sites
+from backend.sites import ALL_SITES, SITES, STANDARD_SITES, parse_layers, resolve_sites
 from components.controls import field
 from components.icons import icon
 from components.services import services
@@ -85,23 +85,8 @@ def cost(request: RunRequest) -> Estimate:
     if n_tokens > 2 * entry.info.n_ctx:  # the estimate is rough; the worker counts the tokens
         raise LayerscopeError(f"The prompt is about {n_tokens:,} tokens, and the context of {request.model} is {entry.info.n_ctx:,}.")
     past = services().library.past_runs(entry.info.name)
-    return estimate(entry.info, n_tokens, request.sites, request.layers, request.precision, kv_cache=services().settings.kv_cache, past=past)
-
-
-def parse_layers(text: str | None) -> tuple[int, ...] | None:
-    """ "0-2, 5" -> (0, 1, 2, 5); "all" or nothing -> None. Raises LayerscopeError."""
-    if text is None or text.strip().lower() in ("", "all"):
-        return None
-    layers: set[int] = set()
-    for part in text.split(","):
-        first, dash, last = (piece.strip() for piece in part.partition("-"))
-        if not first.isdecimal() or (dash and not last.isdecimal()) or len(part) > 12:
-            raise LayerscopeError(f'Layers {text[:60]!r} are not of the form "0-2, 5" or "all".')
-        low, high = int(first), int(last or first)
-        if low > high or high > 9999:
-            raise LayerscopeError(f"Layers {part.strip()!r} are not a range of layers between 0 and 9999.")
-        layers.update(range(low, high + 1))
-    return tuple(sorted(layers))
+    sites = tuple(name for name in STORED_SITES if name != "logits") if request.sites == (ALL_SITES,) else request.sites
+    return estimate(entry.info, n_tokens, sites, request.layers, request.precision, kv_cache=services().settings.kv_cache, past=past)
 
 
 def _number(value: Any, name: str, low: float, high: float) -> float:
@@ -112,7 +97,7 @@ def _number(value: Any, name: str, low: float, high: float) -> float:
 
 def _sites(preset: str | None, chosen: Sequence[str]) -> tuple[str, ...] | None:
     if preset == "everything":
-        return tuple(name for name in STORED_SITES if name != "logits")
+        return (ALL_SITES,)
     if preset != "choose":
         return None
     if not chosen:

@@ -12,6 +12,7 @@ from typing import Any
 import dash
 from dash import dcc, html
 
+from backend.analysis.identities import TITLES
 from backend.errors import LayerscopeError
 from backend.sites import SITES
 from backend.trace import Trace
@@ -124,9 +125,11 @@ def _identity_row(name: str, entry: Mapping[str, Any]) -> html.Tr:
     else:
         mark = html.Span(icon("check"), className="ok", title="holds") if entry["ok"] else html.Span(icon("triangle-alert"), className="bad", title="fails")
         error = f"{entry['max_error']:.1e}"
-    words = [html.Div(name.replace("_", " ")), html.Div(entry.get("note", ""), className="muted small") if entry.get("note") else None]
-    tolerance = f"{entry['tolerance']:.0e}" if entry.get("checked") else ""
-    return html.Tr([html.Td(mark), html.Td(words), html.Td(error, className="num"), html.Td(tolerance, className="num")])
+    title = html.Div([TITLES.get(name, name), html.Span(f" {name}", className="muted small mono")])
+    words = [title, html.Div(entry.get("note", ""), className="muted small") if entry.get("note") else None]
+    tolerance = "" if not entry.get("checked") else f"{entry['tolerance']:.0e}" if entry["tolerance"] else "exact"
+    allowed = html.Td(tolerance, className="num", title=f"rounding of {entry['tolerance_for']}" if entry.get("tolerance_for") else "")
+    return html.Tr([html.Td(mark), html.Td(words), html.Td(error, className="num"), allowed])
 
 
 def one_line(text: str, length: int = 90) -> str:

@@ -8,28 +8,23 @@ from __future__ import annotations
 from typing import Any
 
 import dash
-import numpy as np
 from dash import Input, Output, State, callback, dcc, html, no_update
-from numpy.typing import NDArray
 
-from backend.analysis.activations import STATISTICS, l2_norms, reduce_signed, robust_range, site_statistics, top_dimensions
-from backend.sites import SITES
+from backend.analysis.activations import reduce_signed, robust_range
 from backend.trace import Trace
 from components.card import card, cards
-from components.figures.activations import STATISTIC_TITLES, norms_heatmap, statistics_lines, token_dimension_map
+from components.figures.activations import norms_heatmap, statistics_lines, token_dimension_map
 from components.graph import graph, graph_tools
 from components.services import services
+from components.site_summary import largest_value, site_summary, statistics_table, viewable_sites
 from components.states import missing
-from components.token_label import token_label, token_labels
+from components.token_label import token_labels
 from components.trace_view import trace_page
 from components.url_state import as_choice, as_int, keep_url
 
 dash.register_page(__name__, path="/activations", name="Activations", order=4)
 
 MAX_ROWS, MAX_COLUMNS = 256, 512
-# Attention maps have a page of their own; expert indices are names, not sizes; a head's own output needs the model's weights.
-_LEFT_OUT = ("result", "expert_indices")
-
 ABOUT_NORMS = (
     "The Euclidean length of the site's vector at each layer and token, all heads together. In the residual stream it grows with depth, and the first token often "
     "carries a far larger norm than the rest (massive activations, Sun et al. 2024): use the log scale there.",
@@ -64,11 +59,6 @@ def layout(trace: str | None = None, site: str | None = None, layer: str | None 
     return trace_page(__name__, trace, (), state, build, "How large the values are, and which stand out.", controls)
 
 
-def viewable_sites(trace: Trace) -> list[str]:
-    """Sites with layers and dimensions that this trace can give, in the order of computation."""
-    return [name for name, site in SITES.items() if site.per_layer and not site.is_attention_map and name not in _LEFT_OUT and trace.has(name)]
-
-
 def _pickers(trace: Trace, site: str, layer: int) -> html.Div:
     layers: Any = [{"label": str(v), "value": v} for v in trace.layers(site)]
     return html.Div(
@@ -97,19 +87,6 @@ def _cards(trace: Trace, scale: str, site: str) -> list[Any]:
     ]  # fmt: skip
 
 
-def summary(trace: Trace, site: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Norms (layer, pos) and statistics (layer, statistic) of every layer of a site; computed once a trace and site."""
-    derived, keys = services().derived, (("norms", trace.id, site), ("statistics", trace.id, site))
-    norms, statistics = (derived.get_array(key) for key in keys)
-    if norms is None or statistics is None:
-        found = [(l2_norms(values), site_statistics(values)) for values in (trace[site, layer] for layer in trace.layers(site))]
-        norms = np.stack([lengths for lengths, _ in found])
-        statistics = np.array([[moments[name] for name in STATISTICS] for _, moments in found], np.float32)
-        for key, values in zip(keys, (norms, statistics), strict=True):
-            derived.put_array(key, values)
-    return norms, statistics
-
-
 @callback(Output("act-layer", "options"), Output("act-layer", "value"), Input("act-site", "value"), State("act-layer", "value"), State("page-state", "data"),
           prevent_initial_call=True)  # fmt: skip
 def offer_layers(site: str, layer: int, page: dict[str, Any]):
@@ -124,14 +101,13 @@ def offer_layers(site: str, layer: int, page: dict[str, Any]):
 def show_overview(site: str, layer: int, scale: str, position: int | None, theme: str, page: dict[str, Any]):
     trace = services().library.open(page["trace"])
     layers = trace.layers(site)
-    norms, statistics = summary(trace, site)
+    norms, by_name = site_summary(trace, site)
     labels = token_labels(trace.token_texts, trace.special, 12)
     heatmap = norms_heatmap(norms, layers, labels, theme, scale == "log", (layer, _inside(position, trace)))
-    by_name = {name: statistics[:, i] for i, name in enumerate(STATISTICS)}
     lines = statistics_lines(by_name, layers, chosen=layer, theme=theme)
     bad = int(by_name["n_nan"].sum() + by_name["n_inf"].sum())
     said = f"{bad:,} values are NaN or infinite." if bad else "No value is NaN or infinite."
-    return heatmap, f"Norm of {site}", lines, _table(by_name, layers, layer), said
+    return heatmap, f"Norm of {site}", lines, statistics_table(by_name, layers, layer), said
 
 
 @callback(
@@ -148,7 +124,7 @@ def show_map(site: str, layer: int, position: int | None, theme: str, page: dict
     labels = token_labels(trace.token_texts, trace.special, 12)
     head_width = values.shape[2] if values.ndim == 3 else None
     figure = token_dimension_map(reduced, (rows, columns), labels, robust_range(flat), theme, _inside(position, trace), head_width)
-    return figure, f"{site} at layer {layer}", _largest(trace, flat)
+    return figure, f"{site} at layer {layer}", largest_value(trace, flat)
 
 
 @callback(Output("act-layer", "value", allow_duplicate=True), Output("position", "data", allow_duplicate=True), Input("norms", "clickData"), State("act-site", "value"),
@@ -162,32 +138,6 @@ def open_clicked(click: dict[str, Any] | None, site: str, page: dict[str, Any]):
 
 def _inside(position: int | None, trace: Trace) -> int:
     return min(max(position or 0, 0), trace.n_tokens - 1)
-
-
-def _largest(trace: Trace, flat: NDArray[np.float32]) -> str:
-    """Where the layer's largest value lies; the three dimensions that stand out most."""
-    dims = top_dimensions(flat, 3)
-    at = int(np.argmax(np.nan_to_num(np.abs(flat[:, dims[0]]), nan=np.inf)))
-    token = token_label(trace.token_texts[at], at in trace.special, 12)
-    others = ", ".join(str(d) for d in dims[1:])
-    also = f" Then dimensions {others}." if others else ""
-    return f"{flat.shape[0]} tokens × {flat.shape[1]:,} dimensions. Largest |x|: {flat[at, dims[0]]:.4g} in dimension {dims[0]} at {token} (position {at}).{also}"
-
-
-def _table(by_name: dict[str, NDArray[np.float32]], layers: list[int], chosen: int) -> html.Table:
-    head = html.Tr([html.Th("Layer"), *(html.Th(STATISTIC_TITLES[name], className="num") for name in STATISTICS)])
-    rows = [
-        html.Tr([html.Td(str(layer)), *(html.Td(_shown(name, float(by_name[name][i])), className="num") for name in STATISTICS)],
-                className="chosen" if layer == chosen else "")
-        for i, layer in enumerate(layers)
-    ]  # fmt: skip
-    return html.Table([html.Thead(head), html.Tbody(rows)], className="ls-table")
-
-
-def _shown(name: str, value: float) -> str:
-    if np.isnan(value):
-        return "–"
-    return f"{value:,.0f}" if name in ("n_nan", "n_inf") else f"{value:.3g}"
 
 
 keep_url({"site": ("act-site", "value"), "layer": ("act-layer", "value"), "scale": ("norm-scale", "value")})

@@ -11,13 +11,13 @@ from typing import Any
 import dash
 import numpy as np
 from dash import ALL, Input, Output, State, callback, ctx, dcc, html, no_update
-from numpy.typing import NDArray
 
-from backend.analysis.attention import METRICS, reduce_max
+from backend.analysis.attention import reduce_max
 from backend.trace import Trace
 from components.card import card, cards
 from components.figures.attention import LARGEST, attention_pattern, head_heatmap
 from components.graph import graph, graph_tools
+from components.head_table import METRIC_TEXTS, head_table
 from components.heads import head_grid, head_picker
 from components.services import services
 from components.token_label import token_labels
@@ -27,17 +27,6 @@ from components.url_state import as_choice, as_int, keep_url
 dash.register_page(__name__, path="/attention", name="Attention", order=3)
 
 REQUIRES = ("attn_pattern", "attn_thumbs")
-
-# metric -> column title, top of its colour scale (None: the largest value), how it is defined
-METRIC_TEXTS: dict[str, tuple[str, float | None, str]] = {
-    "induction": ("Induction", 1.0, "mean attention to the token after an earlier copy of the current one (Olsson et al. 2022)"),
-    "previous": ("Previous token", 1.0, "mean attention to the token just before"),
-    "duplicate": ("Duplicate token", 1.0, "mean attention to earlier copies of the current token"),
-    "sink": ("First token", 1.0, "mean attention to position 0, the attention sink (Xiao et al. 2023)"),
-    "entropy": ("Entropy, nats", None, "mean of -sum A ln A over query rows: 0 looks at one token"),
-    "entropy_norm": ("Entropy, share", 1.0, "entropy divided by the most a row can have, ln(i + 1)"),
-    "distance": ("Distance, tokens", None, "mean number of tokens looked back"),
-}
 
 ABOUT_PATTERN = (
     "Row: the token that looks (query). Column: the token it looks at (key). Each row sums to 1. The triangle above the diagonal is empty because a model that "
@@ -131,7 +120,7 @@ def show_metrics(metric: str, chosen: dict[str, int], theme: str, page: dict[str
     layers = trace.result_attrs(f"attn_{metric}")["layers"]
     at = (chosen["layer"], chosen["head"])
     figure = head_heatmap(trace.result(f"attn_{metric}"), layers, title, at, theme, limit)
-    table = no_update if ctx.triggered_id in ("chosen-head", "theme") else _table(trace, metric, at)
+    table = no_update if ctx.triggered_id in ("chosen-head", "theme") else head_table(trace, metric, at)
     return figure, f"{title} of every head", table
 
 
@@ -147,37 +136,6 @@ def open_clicked(click: dict[str, Any] | None, page: dict[str, Any]):
     layers = services().library.open(page["trace"]).result_attrs("attn_thumbs")["layers"]
     point = click["points"][0]
     return {"layer": layers[int(point["y"])], "head": int(point["x"])}
-
-
-def _table(trace: Trace, metric: str, chosen: tuple[int, int], most: int = 256) -> html.Table:
-    """Heads by `metric`, largest first (smallest first for entropy: a sharp head is the interesting one), at most `most` of them."""
-    columns = {name: trace.result(f"attn_{name}") for name in METRICS}
-    layers = trace.result_attrs(f"attn_{metric}")["layers"]
-    sort = columns[metric].ravel() if metric.startswith("entropy") else -columns[metric].ravel()
-    order = np.argsort(sort, kind="stable")[:most]
-    share = trace.info.n_heads // trace.info.n_kv_heads
-    header = [html.Th("Head"), html.Th("KV head", className="num"), *(_column_head(name, name == metric) for name in METRIC_TEXTS)]
-    rows = [_table_row(columns, layers, int(i), share, chosen) for i in order]
-    return html.Table([html.Thead(html.Tr(header)), html.Tbody(rows)], className="ls-table")
-
-
-def _column_head(name: str, sorted_by: bool) -> html.Th:
-    arrow = (" ↑" if name.startswith("entropy") else " ↓") if sorted_by else ""
-    button = html.Button(METRIC_TEXTS[name][0] + arrow, id={"type": "sort-heads", "metric": name}, className="th-button")
-    sort: Any = {"aria-sort": "none" if not sorted_by else "ascending" if arrow == " ↑" else "descending"}
-    return html.Th(button, className="num", **sort)
-
-
-def _table_row(columns: dict[str, NDArray[np.float32]], layers: list[int], index: int, share: int, chosen: tuple[int, int]) -> html.Tr:
-    row, head = divmod(index, columns["sink"].shape[1])
-    values = [html.Td(_shown(float(columns[name][row, head])), className="num") for name in METRIC_TEXTS]
-    here: Any = {"data-layer": layers[row], "data-head": head}
-    return html.Tr([html.Td(f"{layers[row]}.{head}"), html.Td(str(head // share), className="num"), *values],
-                   className="chosen" if (layers[row], head) == chosen else "", **here)  # fmt: skip
-
-
-def _shown(value: float) -> str:
-    return "–" if np.isnan(value) else f"{value:.2f}"
 
 
 keep_url({"layer": ("chosen-head", "data", "layer"), "head": ("chosen-head", "data", "head"), "metric": ("head-metric", "value"), "scale": ("pattern-scale", "value")})

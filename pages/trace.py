@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -42,8 +43,8 @@ def build(trace: Trace) -> list[Any]:
     positions = card("Positions", _positions(trace), "Click a row, or a token above, to choose a position.", about=ABOUT_POSITIONS, className="tall")
     chosen = card(html.Span("", id="top-title"), html.Div(id="top-list"), html.Span("", id="top-subtitle"))
     integrity = card("Integrity", html.Div(integrity_table(trace), className="table-scroll"), "What was checked, and how closely it holds.", about=ABOUT_INTEGRITY)
-    made = card("How it was made", _metadata(trace), "Everything needed to run it again.", className="wide two-columns")
-    return [html.Div([positions, html.Div([chosen, integrity], className="card-stack"), made], className="cards cards-wide-left")]
+    made = card("How it was made", _metadata(trace), "Everything needed to run it again.")
+    return [html.Div([positions, chosen, made, integrity], className="cards cards-wide-left")]
 
 
 def _positions(trace: Trace) -> html.Div:
@@ -118,7 +119,7 @@ def _metadata(trace: Trace) -> html.Div:
         "Category": trace.category,
         "Tags": ", ".join(trace.tags),
         "Trace": html.Span(trace.id, className="mono"),
-        "Command": html.Span(" ".join(meta["command"]), className="mono") if meta.get("command") else None,
+        "Command": html.Span(shlex.join(meta["command"]), className="mono wrap") if meta.get("command") else None,
     }
     return html.Div(facts(shown))
 

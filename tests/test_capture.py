@@ -56,6 +56,13 @@ def test_every_identity_holds_and_most_were_checked(trace):
     assert trace.info.is_moe == ("router_top_k" in checked)
 
 
+def test_the_trace_records_the_command_that_makes_it_again(trace):
+    command = trace.metadata["command"]
+    assert command[:8] == ["python", "-m", "backend", "trace", "--model", trace.info.name, "--prompt", PROMPT]
+    assert command[command.index("--max-new-tokens") + 1] == "3" and command[-2:] == ["--tag", "a"]
+    assert "--temperature" not in command
+
+
 def test_generated_tokens_are_the_models_own_greedy_choice(trace):
     assert trace.n_tokens > trace.n_prompt
     np.testing.assert_array_equal(trace.top_ids[trace.n_prompt - 1 : -1, 0], trace.token_ids[trace.n_prompt :])

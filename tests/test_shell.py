@@ -12,9 +12,10 @@ from dash import html
 from PIL import Image
 
 from backend.errors import LayerscopeError
+from backend.sites import parse_layers
 from components import icons
 from components.heads import thumbnail_sprite
-from components.run_form import RunRequest, cost, parse_layers
+from components.run_form import RunRequest, cost
 from components.services import SERVER_KEY
 from components.shell import show_rail
 from components.states import missing
@@ -129,10 +130,9 @@ def test_a_form_that_cannot_run_says_why_in_one_sentence(change, words):
         RunRequest.read({**FORM, **change})
 
 
-def test_the_standard_preset_leaves_the_choice_to_the_capture_and_everything_names_all_stored_sites():
+def test_the_presets_of_sites_leave_the_choice_to_the_capture_which_knows_the_model():
     assert RunRequest.read(FORM).params()["sites"] is None
-    everything = RunRequest.read({**FORM, "preset": "everything"}).params()["sites"]
-    assert {"attn_scores", "mlp_pre", "q"} <= set(everything) and "resid_pre" not in everything
+    assert RunRequest.read({**FORM, "preset": "everything"}).params()["sites"] == ["all"]
     assert RunRequest.read({**FORM, "preset": "choose", "sites": ["blocks.0.attn.hook_pattern"]}).sites == ("attn_pattern",)
 
 

@@ -144,7 +144,7 @@ class Identities:
                 self._check_layer(layer, site)
 
     def report(self) -> dict[str, dict[str, Any]]:
-        """name -> ok, max_error, tolerance, checked (how many layers and pieces were compared), note.
+        """name -> ok, max_error, tolerance, tolerance_for (the rounding it allows), checked (how many layers and pieces were compared), note.
 
         An identity that could not be checked has checked 0, ok True and a note that says why.
         """
@@ -153,12 +153,13 @@ class Identities:
     def _entry(self, name: str, found: _Result) -> dict[str, Any]:
         tolerance = self._tolerance(name)
         error = min(found.error, sys.float_info.max)
-        note = found.note or (f"tolerance for {self._limits.why}" if name not in ("pattern_causal", "finite", "router_top_k") else "")
+        note = found.note
         if error > tolerance and found.worst_layer is not None and name != "finite":
-            note = f"largest error at layer {found.worst_layer}; {note}"
+            note = "; ".join(part for part in (f"largest error at layer {found.worst_layer}", note) if part)
         if not found.checked:
             note = self._why_unchecked(name, found)
-        return {"ok": error <= tolerance, "max_error": error, "tolerance": tolerance, "checked": found.checked, "note": note}
+        why = self._limits.why if tolerance else ""
+        return {"ok": error <= tolerance, "max_error": error, "tolerance": tolerance, "tolerance_for": why, "checked": found.checked, "note": note}
 
     def _why_unchecked(self, name: str, found: _Result) -> str:
         if found.note:

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,11 @@ from backend.errors import LayerscopeError
 from backend.experiments import Context, Progress, no_progress
 from backend.experiments.logit_lens import AUTO_BUDGET, compute_lens, cost, lens_rows
 from backend.intervention import Intervention, edits_by_place
-from backend.sites import SITES, STANDARD_SITES, resolve_sites
+from backend.sites import ALL_SITES, SITES, STANDARD_SITES, resolve_sites
 from backend.trace_writer import TraceWriter
 
 TOP_K = 20
 THUMBNAIL_SIZE = 48
-# Instead of a list of sites: every site that the model has, but not the full matrix of logits, which is named apart.
-ALL_SITES = "all"
 # Free disk left untouched by a capture, on top of the trace's own estimated size.
 DISK_RESERVE = 256 << 20
 
@@ -52,7 +50,6 @@ class CaptureSpec:
     tags: tuple[str, ...] = ()
     precision: str = "float16"
     lens: bool | None = None  # None: if it costs less than AUTO_BUDGET
-    command: list[str] = field(default_factory=list)
 
 
 def capture(engine: Engine, spec: CaptureSpec, folder: Path, *, progress: Progress = no_progress, should_stop: ShouldStop = never_stop,
@@ -103,7 +100,7 @@ def capture(engine: Engine, spec: CaptureSpec, folder: Path, *, progress: Progre
             capture={"sites": list(request.sites), "layers": list(request.layers) if request.layers is not None else None, "precision": spec.precision},
             timings={name: round(value, 4) for name, value in timings.items()},
             integrity=run.identities.report(),
-            command=spec.command,
+            command=command_line(engine.info.name, spec),
         )
         progress("publishing", 1, 1)
     return path
@@ -253,6 +250,20 @@ def _request(engine: Engine, spec: CaptureSpec) -> Request:
     if spec.max_new_tokens < 0:
         raise LayerscopeError(f"The number of new tokens is {spec.max_new_tokens}; it must be 0 or more.")
     return Request(sites, tuple(sorted(set(spec.layers))) if spec.layers is not None else None)
+
+
+def command_line(model: str, spec: CaptureSpec) -> list[str]:
+    """The command that makes this trace again; [] for edits and bare token ids, which the command line cannot say."""
+    if spec.interventions or spec.token_ids is not None:
+        return []
+    words = ["python", "-m", "backend", "trace", "--model", model, "--prompt", spec.prompt]
+    plain, sampling = CaptureSpec(), asdict(spec.sampling)
+    options = {"max-new-tokens": (spec.max_new_tokens, 0), "category": (spec.category, ""), "precision": (spec.precision, plain.precision)}
+    options |= {name.replace("_", "-"): (value, asdict(plain.sampling)[name]) for name, value in sampling.items()}
+    options |= {"sites": (",".join(spec.sites or ()), ""), "layers": (",".join(map(str, spec.layers or ())), "")}
+    for name, (value, default) in options.items():
+        words += [f"--{name}", str(value)] if value != default else []
+    return words + [word for tag in spec.tags for word in ("--tag", tag)]
 
 
 # What has to be stored so that a derived site can be read.
