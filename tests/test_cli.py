@@ -1,0 +1,100 @@
+"""The command line, as a person and as a program use it."""
+
+import json
+import sys
+
+import pytest
+
+from backend.__main__ import main
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys, tiny_llama):
+    """Run one command line in this process: (exit code, stdout, stderr). Its data folder is a fresh one."""
+    monkeypatch.setenv("LAYERSCOPE_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("LAYERSCOPE_MODELS_DIRS", json.dumps([str(tiny_llama.hf.parent)]))
+    monkeypatch.setenv("LAYERSCOPE_USE_HF_CACHE", "false")
+
+    def call(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["backend", *words])
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_trace_prints_one_json_object_with_the_promised_keys(run, tiny_llama):
+    code, out, err = run("trace", "--model", str(tiny_llama.hf), "--prompt", "The capital", "--max-new-tokens", "2", "--category", "geo", "--json")
+    assert code == 0
+    data = json.loads(out)
+    assert {"trace_id", "path", "response", "n_tokens", "tokens", "top_tokens", "integrity"} <= set(data)
+    assert data["n_tokens"] == len(data["tokens"]) == len(data["top_tokens"])
+    for best in data["top_tokens"]:
+        probs = [item["prob"] for item in best]
+        assert probs == sorted(probs, reverse=True) and 0 < sum(probs) <= 1.0001 and isinstance(best[0]["token"], str)
+    assert all(set(item) >= {"ok", "max_error"} for item in data["integrity"].values()) and all(item["ok"] for item in data["integrity"].values())
+    assert "running" in err  # the progress bar
+
+    shown = json.loads(run("show", data["trace_id"], "--json")[1])
+    assert shown["tokens"] == data["tokens"] and shown["top_tokens"] == data["top_tokens"]
+    assert run("show", data["path"])[1].startswith(f"trace {data['trace_id']}")
+
+
+def test_sites_and_layers_take_aliases_commas_and_ranges(run, tiny_llama):
+    options = ("--sites", "blocks.0.hook_resid_post,kq_soft_max", "--sites", "z", "--layers", "0,2")
+    data = json.loads(run("trace", "-m", str(tiny_llama.hf), "-p", "Hello", *options, "--json")[1])
+    assert data["sites"] == {"attn_pattern": [0, 2], "z": [0, 2], "resid_post": [0, 2]}
+
+
+def test_the_same_seed_writes_the_same_text(run, tiny_llama):
+    def text(seed: int) -> str:
+        sampling = ("--temperature", "1.5", "--top-p", "0.95", "--seed", str(seed), "--sites", "embed")
+        return json.loads(run("trace", "-m", str(tiny_llama.hf), "-p", "Hello", "-n", "8", *sampling, "--json")[1])["response"]
+
+    assert text(3) == text(3) != text(4)
+
+
+def test_models_lists_what_lies_in_the_folders(run, tiny_llama):
+    names = {entry["name"]: entry for entry in json.loads(run("models", "--json")[1])["models"]}
+    assert tiny_llama.hf.name in names and "demo-dense" in names
+    assert tiny_llama.hf.name in run("models")[1]
+
+
+def test_every_command_explains_itself(run):
+    assert "trace" in run("--help")[1] and "models" in run("--help")[1]
+    assert "Example" in run("trace", "--help")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("trace", "-m", "nope", "-p", "x"), "There is no model 'nope'"),
+        (("trace", "-m", "MODEL", "-p", ""), "The prompt is empty"),
+        (("trace", "-m", "MODEL", "-p", "x" * 5000), "of the context"),
+        (("trace", "-m", "MODEL", "-p", "x", "--sites", "attn_patern"), "Did you mean attn_pattern"),
+        (("trace", "-m", "MODEL", "-p", "x", "--layers", "7"), "Layer 7 is outside 0-2"),
+        (("trace", "-m", "MODEL", "-p", "x", "--layers", "a-b"), "not of the form"),
+        (("trace", "-m", "MODEL", "-p", "x", "--precision", "int4"), "precision 'int4'"),
+        (("trace", "-m", "BROKEN", "-p", "x"), "broken.gguf"),
+        (("trace", "-m", "PICKLED", "-p", "x"), "pickle"),
+        (("trace", "-m", "EMPTY", "-p", "x"), "config.json"),
+        (("show", "0123456789abcdef"), "There is no trace"),
+    ],
+)
+def test_a_mistake_is_one_sentence_on_stderr_and_exit_code_2(run, tiny_llama, tmp_path, words, message):
+    (tmp_path / "broken.gguf").write_bytes(tiny_llama.gguf.read_bytes()[:5000])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "config.json").write_bytes((tiny_llama.hf / "config.json").read_bytes())
+    (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    paths = {"MODEL": tiny_llama.hf, "BROKEN": tmp_path / "broken.gguf", "PICKLED": tmp_path / "pickled", "EMPTY": tmp_path / "empty"}
+    code, out, err = run(*(str(paths.get(word, word)) for word in words))
+    lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip() and "%|" not in line]
+    assert code == 2 and out == ""
+    assert message in lines[-1] and len(lines) == 1 and "Traceback" not in err
+    assert not list((tmp_path / "data").rglob("*.h5*"))
