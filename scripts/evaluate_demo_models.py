@@ -23,26 +23,23 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that `backend` is found when this file is run as a script
 
 from backend.demo import ensure_demo_variants  # noqa: E402
+from backend.engines import OpenOptions, Sampling, open_engine  # noqa: E402
 
 FOLDERS = ("demo-dense", "demo-moe")
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
 
 class GgufModel:
-    """A GGUF file in llama.cpp, through the same two methods as HuggingFaceModel."""
+    """A GGUF file in llama.cpp, through Layerscope's engine, with the same two methods as HuggingFaceModel."""
 
     def __init__(self, path: Path) -> None:
-        import llama_cpp
-
-        self.llama = llama_cpp.Llama(str(path), n_ctx=512, verbose=False, logits_all=True)
+        self.engine = open_engine(path, OpenOptions(n_ctx=512))
 
     def encode(self, text: str) -> list[int]:
-        return list(self.llama.tokenize(text.encode(), add_bos=True))
+        return self.engine.tokenize(text)
 
     def next_token(self, ids: list[int]) -> str:
-        self.llama.reset()
-        self.llama.eval(ids)
-        return str(self.llama.detokenize([int(self.llama.scores[len(ids) - 1].argmax())], prev_tokens=ids).decode())
+        return self.engine.token_texts(self.engine.generate(ids, 1, Sampling()))[0]
 
 
 def measure(n_items: int, n_induction_ablation: int) -> Iterator[str]:

@@ -92,8 +92,8 @@ def tolerances(engine: str, quantization: str) -> Tolerances:
     if kind in ("f32", "all_f32", "float32"):
         return Tolerances(1e-5, 1e-4, "float32 arithmetic")
     if kind in ("f16", "bf16", "mostly_f16", "mostly_bf16"):
-        return Tolerances(1e-5, 1e-2, "16-bit activations in matrix products")
-    return Tolerances(1e-5, 5e-2, "8-bit activations in matrix products of quantized weights")
+        return Tolerances(1e-5, 5e-3, "16-bit activations in matrix products")
+    return Tolerances(1e-5, 3e-2, "8-bit activations in matrix products of quantized weights")
 
 
 class Identities:
