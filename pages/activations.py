@@ -22,7 +22,7 @@ from components.token_label import token_labels
 from components.trace_view import trace_page
 from components.url_state import as_choice, as_int, keep_url
 
-dash.register_page(__name__, path="/activations", name="Activations", order=4)
+dash.register_page(__name__, path="/activations", name="Activations", order=4, icon="audio-waveform", description="How large the values are, and which stand out")
 
 MAX_ROWS, MAX_COLUMNS = 256, 512
 ABOUT_NORMS = (

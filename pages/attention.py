@@ -24,7 +24,7 @@ from components.token_label import token_labels
 from components.trace_view import trace_page
 from components.url_state import as_choice, as_int, keep_url
 
-dash.register_page(__name__, path="/attention", name="Attention", order=3)
+dash.register_page(__name__, path="/attention", name="Attention", order=3, icon="grid-3x3", description="Where each head looks")
 
 REQUIRES = ("attn_pattern", "attn_thumbs")
 

@@ -21,10 +21,10 @@ from components.token_label import token_label, token_labels
 from components.trace_view import trace_page
 from components.url_state import as_choice, keep_url
 
-dash.register_page(__name__, path="/lens", name="Logit lens", order=5)
+dash.register_page(__name__, path="/lens", name="Logit lens", order=5, icon="layers", description="What each layer would predict")
 
 REQUIRES = ("lens_top_ids",)
-WINDOW = 20  # positions shown at once: as many as can be read side by side
+WINDOW = 18  # positions shown at once: as many as can be read side by side
 SHOWN_TOKENS = 5
 
 MODE_TITLES = {"probability": "Probability", "entropy": "Entropy", "kl": "KL to the model", "rank": "Rank of the next token"}
@@ -47,7 +47,7 @@ def _cards(trace: Trace, mode: str, target: str) -> list[Any]:
     options: Any = [{"label": title, "value": name} for name, title in MODE_TITLES.items()]
     choose = dcc.Dropdown(options, mode, id="lens-mode", clearable=False, searchable=False, className="picker-metric")
     n_rows = len(trace.result_attrs("lens_top_ids")["rows"])
-    wide = {"minWidth": 70 + 50 * min(WINDOW, trace.n_tokens)}
+    wide = {"minWidth": 70 + 58 * min(WINDOW, trace.n_tokens)}
     table = html.Div(html.Div(graph("lens-table", height=110 + 30 * n_rows), style=wide), className="table-scroll")
     guesses = card(html.Span("", id="guesses-title"), html.Div(id="lens-guesses", className="table-scroll table-tall"), "The best tokens of each layer, with their probability.")
     depth = card("Towards the answer", graph("lens-depth", height=300, className="fill"), html.Span("", id="depth-subtitle"), graph_tools("lens-depth"),

@@ -113,7 +113,7 @@ def _colour(values: NDArray[np.floating], mode: str) -> tuple[NDArray[np.floatin
 def _cell_text(token: str, value: float, mode: str) -> str:
     if mode == "rank":
         return f"{int(value) + 1:,}" if value >= 0 else ""
-    cut = token if len(token) <= 9 else f"{token[:8]}…"
+    cut = token if len(token) <= 8 else f"{token[:7]}…"
     return escape(cut)
 
 
