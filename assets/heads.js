@@ -5,11 +5,15 @@
 
     document.addEventListener("click", (event) => {
         const cell = event.target.closest("[data-layer][data-head]");
-        if (cell) choose(Number(cell.dataset.layer), Number(cell.dataset.head));
+        if (!cell) return;
+        choose(Number(cell.dataset.layer), Number(cell.dataset.head));
+        if (grid() && grid().contains(cell)) grid().focus({ preventScroll: true });
     });
     document.addEventListener("keydown", (event) => {
-        if (!grid() || event.target !== grid()) return;
-        const [down, right] = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key] || [0, 0];
+        // All four keys once the grid has the focus; left and right from the page itself too, where up and down scroll.
+        if (!grid() || (event.target !== grid() && event.target !== document.body)) return;
+        const vertical = event.target === grid() ? { ArrowUp: [-1, 0], ArrowDown: [1, 0] } : {};
+        const [down, right] = { ...vertical, ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key] || [0, 0];
         if (!down && !right) return;
         event.preventDefault();
         const rows = [...grid().querySelectorAll(".head-row")].map((row) => [...row.querySelectorAll(".head")]);

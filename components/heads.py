@@ -16,14 +16,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from backend.trace import Trace
+from components.figures.theme import sequential
 
 THUMBS = "attn_thumbs"
-
-# The names --seq-0 to --seq-4 of assets/layerscope.css: a picture cannot read them from there.
-_SEQUENTIAL = {
-    "light": ("#ffffff", "#dfe6ff", "#9db2ff", "#4b67e0", "#1b2a78"),
-    "dark": ("#151c26", "#24336b", "#3f59c4", "#87a0ff", "#f0f3ff"),
-}
 
 
 def head_grid(trace: Trace, layer: int, head: int) -> html.Div:
@@ -91,6 +86,6 @@ def thumbnail_sprite(thumbs: NDArray[np.uint8], theme: str) -> bytes:
 
 def _palette(theme: str) -> NDArray[np.uint8]:
     """(256, 3) colours from 0 to 1, linear between the theme's five stops."""
-    stops = np.array([[int(colour[i : i + 2], 16) for i in (1, 3, 5)] for colour in _SEQUENTIAL[theme]])
+    stops = np.array([[int(colour[i : i + 2], 16) for i in (1, 3, 5)] for _, colour in sequential(theme)])
     at = np.linspace(0, len(stops) - 1, 256)
     return np.stack([np.interp(at, np.arange(len(stops)), stops[:, c]) for c in range(3)], axis=1).round().astype(np.uint8)
