@@ -100,7 +100,7 @@ def _why_dimmed(page: dict[str, Any], trace: Trace | None) -> tuple[str, str]:
         return "", ""
     if lacking in SITES and SITES[lacking].moe and not trace.info.is_moe:
         return "dense", f"{trace.info.name} has no experts"
-    return "not captured", f"This trace holds no {lacking}"
+    return "absent", f"This trace holds no {lacking}"
 
 
 @callback(Output("rail-groups", "children"), Input("url", "pathname"), Input("trace-id", "data"), Input("counts", "data"))

@@ -63,7 +63,7 @@ def test_a_page_that_the_trace_cannot_serve_is_dimmed_and_says_why(library):
     trace_id = add_trace(library)  # embed and resid_post only
     links = rail_links("/trace", trace_id)
     assert "dimmed" in links["Attention"]["className"]
-    assert links["Attention"]["title"] == "This trace holds no attn_pattern" and links["Attention"]["note"] == "not captured"
+    assert links["Attention"]["title"] == "This trace holds no attn_pattern" and links["Attention"]["note"] == "absent"
     assert "dimmed" not in links["Overview"]["className"] and links["Overview"]["href"] == f"/trace?trace={trace_id}"
 
 
