@@ -487,7 +487,6 @@ def test_a_prompt_in_pieces_gives_the_values_of_one_pass(engine: HfEngine, value
     "edit",
     [
         Intervention("resid_post", 0, "mean"),
-        Intervention("v", 1, "noise", 0.1),
         Intervention("z", 2, "set", np.linspace(-1, 1, len(IDS))[:, None, None]),
         Intervention("attn_pattern", 1, "zero", dim=len(IDS) - 1),
     ],
@@ -499,6 +498,14 @@ def test_an_edit_over_all_positions_sees_the_whole_prompt_though_it_is_longer_th
     whole = logits_with(llama, edit)
     monkeypatch.setattr(hf_module, "PIECE", 5)
     assert np.array_equal(logits_with(llama, edit), whole)
+
+
+def test_noise_is_the_same_however_the_prompt_is_cut(llama: HfEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit = Intervention("v", 1, "noise", 0.1, seed=2)
+    whole = logits_with(llama, edit)
+    monkeypatch.setattr(hf_module, "PIECE", 5)
+    assert close(logits_with(llama, edit), whole)
+    assert not close(logits_with(llama, Intervention("v", 1, "noise", 0.1, seed=3)), whole)
 
 
 def test_generation_stops_after_the_end_of_sequence_token(llama: HfEngine) -> None:

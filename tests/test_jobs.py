@@ -45,6 +45,16 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
     stop_worker(process)
 
 
+def has_ended(pid: int, limit_s: float = 10.0) -> bool:
+    """Whether a process is gone, or only waits for its new parent to read its exit code."""
+    deadline = time.monotonic() + limit_s
+    while time.monotonic() < deadline:
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
+
+
 def wait_for(jobs: Jobs, job: Job, *states: str, stage: str = "", limit_s: float = 30.0) -> Job:
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
@@ -252,7 +262,7 @@ def test_killing_the_supervisor_takes_the_worker_along_and_a_new_one_starts(tmp_
         os.kill(keeper.pid, signal.SIGKILL)
         job = wait_for(jobs, job)
         assert job.state == "crashed" and "run it again" in job.error
-        assert not psutil.pid_exists(job.pid)
+        assert has_ended(job.pid)
         assert wait_for(jobs, jobs.submit("count", {}, "next")).state == "done"
         family = [psutil.Process(keeper.pid), *psutil.Process(keeper.pid).children(recursive=True)]
     assert not psutil.wait_procs(family, timeout=5)[1], "nothing outlives the server's stop"
