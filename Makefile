@@ -33,7 +33,7 @@ models: $(VENV)/.installed  ## train the demo models again (about half an hour o
 	$(PY) scripts/train_demo_models.py
 
 image:  ## build the container image, with docker or, where no daemon runs, with buildah
-	@if docker info >/dev/null 2>&1; then docker build -t layerscope .; else buildah bud --isolation chroot -t layerscope .; fi
+	@if docker info >/dev/null 2>&1; then docker build -t layerscope .; else buildah bud --format docker --isolation chroot -t layerscope .; fi
 
 # llama-cpp-python compiles once (about five minutes); pip keeps the wheel.
 $(VENV)/.installed: requirements.txt
