@@ -8,21 +8,20 @@ from typing import Any
 
 import dash
 import numpy as np
-from dash import Input, Output, State, callback, html
+from dash import Input, Output, State, callback, dcc, html, no_update
 
 from backend.trace import Trace
 from components.card import card
 from components.controls import facts
+from components.position_table import block_of, block_words, position_table
 from components.services import services
 from components.token_label import token_label
-from components.token_strip import surprises
 from components.trace_view import integrity_table, trace_page
+from components.url_state import as_int
 
 dash.register_page(__name__, path="/trace", name="Overview", order=2, icon="scan-text", description="Tokens, predictions, integrity, metadata")
 
 REQUIRES: tuple[str, ...] = ()
-SHOWN_TOP = 3  # next tokens in a row of the table; the card of the chosen position shows all that were stored
-SHOWN_POSITIONS = 1500
 
 ABOUT_POSITIONS = (
     "One row a token. Log-prob, in nats, is what the model gave to this token given those before it; rank 1 means that it was the model's "
@@ -36,42 +35,34 @@ ABOUT_INTEGRITY = (
 
 
 def layout(trace: str | None = None, **state: str) -> html.Div:
+    def build(opened: Trace) -> list[Any]:
+        return _cards(opened, as_int(state.get("pos"), opened.n_prompt - 1, 0, opened.n_tokens - 1))
+
     return trace_page(__name__, trace, REQUIRES, state, build, "What each position predicted.")
 
 
-def build(trace: Trace) -> list[Any]:
-    positions = card("Positions", _positions(trace), "Click a row, or a token above, to choose a position.", about=ABOUT_POSITIONS, className="tall")
+def _cards(trace: Trace, at: int) -> list[Any]:
+    table = html.Div(position_table(trace, at), id="positions", className="table-scroll table-fill")
+    words = html.Span(block_words(trace, at), id="positions-words")
+    positions = card("Positions", [table, dcc.Store(id="positions-start", data=block_of(at))], words, about=ABOUT_POSITIONS, className="tall")
     chosen = card(html.Span("", id="top-title"), html.Div(id="top-list"), html.Span("", id="top-subtitle"))
     integrity = card("Integrity", html.Div(integrity_table(trace), className="table-scroll"), "What was checked, and how closely it holds.", about=ABOUT_INTEGRITY)
     made = card("How it was made", _metadata(trace), "Everything needed to run it again.")
     return [html.Div([positions, chosen, made, integrity], className="cards cards-wide-left")]
 
 
-def _positions(trace: Trace) -> html.Div:
-    log_probs, entropy, ranks = -surprises(trace), trace.entropy, trace.next_ranks
-    ids, probs = trace.top_ids[:, :SHOWN_TOP], np.exp(trace.top_logprobs[:, :SHOWN_TOP])
-    names = [("", "num"), ("Token", ""), ("Id", "num"), ("Log-prob", "num"), ("Rank", "num"), ("Entropy", "num"), ("Predicts next", "")]
-    head = html.Thead(html.Tr([html.Th(name, className=look) for name, look in names]))
-    rows = [
-        _position_row(trace, at, float(log_probs[at]), int(ranks[at - 1]) if at else -1, float(entropy[at]), ids[at], probs[at])
-        for at in range(min(trace.n_tokens, SHOWN_POSITIONS))
-    ]
-    cut = html.P(f"The first {SHOWN_POSITIONS:,} of {trace.n_tokens:,} positions.", className="muted small") if trace.n_tokens > SHOWN_POSITIONS else None
-    return html.Div([html.Table([head, html.Tbody(rows)], className="ls-table positions"), cut], className="table-scroll table-fill")
-
-
-def _position_row(trace: Trace, at: int, log_prob: float, rank: int, entropy: float, ids: Any, probs: Any) -> html.Tr:
-    label = token_label(trace.token_texts[at], at in trace.special, 24)
-    mark = html.Span("new", className="badge badge-accent", title="generated") if at >= trace.n_prompt else None
-    guesses = [_guess(trace.token_text(i), float(p)) for i, p in zip(ids, probs, strict=True)]
-    token = html.Td([html.Span(label, className="chip-token"), " ", mark], className="nowrap")
-    cells = [html.Td(at, className="num muted"), token, html.Td(trace.token_ids[at], className="num muted")]
-    numbers = ["" if np.isnan(log_prob) else f"{log_prob:z.2f}", "" if rank < 0 else f"{rank + 1:,}", f"{entropy:z.2f}"]
-    return html.Tr([*cells, *(html.Td(text, className="num") for text in numbers), html.Td(guesses, className="guesses")], tabIndex=0, **{"data-pos": at})
-
-
-def _guess(text: str, prob: float) -> html.Span:
-    return html.Span([html.Span(token_label(text, max_length=16), className="chip-token"), html.Span(f" {prob:.2f}", className="muted small")], className="guess")
+@callback(
+    Output("positions", "children"), Output("positions-words", "children"), Output("positions-start", "data"),
+    Input("position", "data"), State("positions-start", "data"), State("page-state", "data"),
+    prevent_initial_call=True,
+)  # fmt: skip
+def turn_to_block(position: int | None, start: int, page: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """Another part of a long prompt, when the chosen position lies outside the one that is shown."""
+    if position is None or block_of(position) == start:
+        return no_update, no_update, no_update
+    trace = services().library.open(page["trace"])
+    at = min(max(position, 0), trace.n_tokens - 1)
+    return position_table(trace, at), block_words(trace, at), block_of(at)
 
 
 @callback(

@@ -127,6 +127,14 @@ def test_only_the_layers_asked_for_are_stored(engine, tmp_path):
         assert trace.integrity["mlp_sum"]["checked"] == 0 and "not captured" in trace.integrity["mlp_sum"]["note"]
 
 
+def test_progress_only_grows_and_ends_complete(engine, tmp_path):
+    told: list[tuple[str, int, int]] = []
+    spec = CaptureSpec(token_ids=tuple(i % 300 for i in range(600)), sites=("resid_post",), lens=False)
+    capture(engine, spec, tmp_path, progress=lambda *step: told.append(step))
+    running = [(done, total) for stage, done, total in told if stage == "running"]
+    assert running == [(done, 6) for done in range(1, 7)]  # three layers, two pieces of at most 512 positions
+
+
 def test_an_edit_is_recorded_and_changes_the_predictions(engine, tmp_path):
     edit = Intervention("resid_post", 0, "zero")
     with Trace(capture(engine, CaptureSpec(PROMPT), tmp_path)) as plain, Trace(capture(engine, CaptureSpec(PROMPT, interventions=(edit,)), tmp_path)) as edited:

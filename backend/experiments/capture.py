@@ -118,11 +118,12 @@ class _Run:
         self._rows: dict[int, list[dict[str, NDArray[np.float64]]]] = {}
         self.thumbs: dict[int, NDArray[np.uint8]] = {}
         self._layer = -1
+        self._piece = 0  # positions in the first piece: as many as in every other but the last
 
     def sink(self, piece: Piece) -> None:
         if piece.layer is not None and piece.layer != self._layer:
             self._layer = piece.layer
-            self.progress("running", piece.layer + 1, self.n_layers)
+            self._tell(piece.layer, piece.start, piece.values.shape[1 if SITES[piece.site].is_attention_map else 0])
         self.identities.add(piece.site, piece.layer, piece.values, piece.start)
         if piece.site == "logits":
             self.logits.put(piece.start, piece.values)
@@ -131,6 +132,12 @@ class _Run:
         self.writer.write(piece)
         if piece.site == "attn_pattern" and piece.layer is not None:
             self._head_summaries(piece.layer, piece.start, piece.values)
+
+    def _tell(self, layer: int, start: int, n_here: int) -> None:
+        """Progress in layers; a long prompt goes through all of them once a piece."""
+        self._piece = self._piece or n_here
+        pieces = -(-len(self.ids) // self._piece)
+        self.progress("running", start // self._piece * self.n_layers + layer + 1, pieces * self.n_layers)
 
     def _head_summaries(self, layer: int, start: int, pattern: NDArray[np.float32]) -> None:
         rows = self._rows.setdefault(layer, [])
