@@ -1,0 +1,56 @@
+"""The Overview's table: the part of a prompt around the chosen position, with what was predicted before and after each token."""
+
+import numpy as np
+import pytest
+
+from backend.trace import Trace
+from backend.trace_writer import TraceWriter
+from components.position_table import BLOCK, block_words, position_table
+from tests.small_traces import INFO
+
+N = 2 * BLOCK + 30
+
+
+@pytest.fixture
+def trace(tmp_path):
+    with TraceWriter(tmp_path, INFO, N) as writer:
+        writer.tokens([i % 50 for i in range(N)], [f" t{i}" for i in range(N)], N - 2, [0])
+        writer.vocabulary({i: f" v{i}" for i in range(50)})
+        next_logprobs = np.where(np.arange(N) == N - 1, np.nan, -np.arange(N, dtype=np.float32))
+        writer.logits({"top_ids": np.tile([7, 8, 9], (N, 1)).astype(np.int32), "top_logprobs": np.log(np.tile([0.5, 0.25, 0.125], (N, 1))).astype(np.float32),
+                       "entropy": np.ones(N, np.float32), "next_logprobs": next_logprobs.astype(np.float32), "next_ranks": np.arange(N, dtype=np.int32)})  # fmt: skip
+        path = writer.publish(engine_version="test", prompt="", response="")
+    with Trace(path) as opened:
+        yield opened
+
+
+def rows(table) -> list[list[str]]:
+    def text(node) -> str:
+        if node is None or isinstance(node, (str, int)):
+            return "" if node is None else str(node)
+        if isinstance(node, (list, tuple)):
+            return "".join(map(text, node))
+        return text(getattr(node, "children", None))
+
+    return [[text(cell) for cell in row.children] for row in table.children[1].children]
+
+
+def test_it_shows_the_block_of_the_chosen_position_and_marks_it(trace):
+    table = position_table(trace, BLOCK + 5)
+    numbers = [row[0] for row in rows(table)]
+    assert numbers == [str(at) for at in range(BLOCK, 2 * BLOCK)]
+    assert [row.className for row in table.children[1].children].index("chosen") == 5
+    assert [row[0] for row in rows(position_table(trace, N - 1))][-1] == str(N - 1)
+    assert f"Positions {BLOCK} to {2 * BLOCK - 1} of {N}" in block_words(trace, BLOCK + 5)
+
+
+def test_a_rows_log_prob_and_rank_are_what_the_position_before_gave_it(trace):
+    shown = rows(position_table(trace, 3))
+    assert shown[0][3:5] == ["", ""]  # nothing predicts the first token
+    assert shown[4][3:5] == ["-3.00", "4"]  # log-prob and rank (from 1) that position 3 gave to token 4
+    assert shown[4][6] == "·v7 0.50·v8 0.25·v9 0.12"
+
+
+def test_generated_tokens_are_marked(trace):
+    last = rows(position_table(trace, N - 1))
+    assert last[-1][1].endswith("new") and last[-2][1].endswith("new") and not last[-3][1].endswith("new")
