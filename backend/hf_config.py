@@ -57,6 +57,9 @@ class ConfigKeys:
 ARCHITECTURES: dict[str, ConfigKeys] = {
     "llama": ConfigKeys(),
     "mistral": ConfigKeys(sliding_window="sliding_window"),
+    "qwen2": ConfigKeys(),
+    "qwen3": ConfigKeys(),
+    "smollm3": ConfigKeys(),
     "mixtral": ConfigKeys(n_experts="num_local_experts", n_experts_used="num_experts_per_tok", sliding_window="sliding_window"),
 }
 

@@ -30,11 +30,19 @@ _GGUF_EXPERTS = {
 }
 _GGUF_ENDS = {"embed.W_E": "token_embd.weight", "ln_final.w": "output_norm.weight", "unembed.W_U": "output.weight"}
 
+_GGUF_QK_NORM = {"blocks.{}.attn.q_norm.w": "blk.{}.attn_q_norm.weight", "blocks.{}.attn.k_norm.w": "blk.{}.attn_k_norm.weight"}
+_GGUF_DENSE = {**_GGUF_ENDS, **_GGUF_BLOCK, **_GGUF_MLP}
+
 # Llama, Mistral and Mixtral files all carry "llama".
-GGUF_NAMES: Mapping[str, Mapping[str, str]] = {"llama": {**_GGUF_ENDS, **_GGUF_BLOCK, **_GGUF_MLP, **_GGUF_EXPERTS}}
+GGUF_NAMES: Mapping[str, Mapping[str, str]] = {
+    "llama": {**_GGUF_DENSE, **_GGUF_EXPERTS},
+    "qwen2": _GGUF_DENSE,
+    "qwen3": {**_GGUF_DENSE, **_GGUF_QK_NORM},
+    "smollm3": _GGUF_DENSE,
+}
 
 # GGUF architectures whose converter reorders the rows of W_Q and W_K, from RoPE pairs (i, i + d_head/2) to (2i, 2i + 1).
-ROTARY_INTERLEAVED = frozenset({"llama"})
+ROTARY_INTERLEAVED = frozenset({"llama", "smollm3"})
 
 _HF_BLOCK = {
     "blocks.{}.ln1.w": "model.layers.{}.input_layernorm.weight",
@@ -49,9 +57,15 @@ _HF_MLP = {
 }
 _HF_ENDS = {"embed.W_E": "model.embed_tokens.weight", "ln_final.w": "model.norm.weight", "unembed.W_U": "lm_head.weight"}
 
+_HF_QK_NORM = {f"blocks.{{}}.attn.{x}_norm.w": f"model.layers.{{}}.self_attn.{x}_norm.weight" for x in "qk"}
+_HF_DENSE = {**_HF_ENDS, **_HF_BLOCK, **_HF_MLP}
+
 HF_NAMES: Mapping[str, Mapping[str, str]] = {
-    "llama": {**_HF_ENDS, **_HF_BLOCK, **_HF_MLP},
-    "mistral": {**_HF_ENDS, **_HF_BLOCK, **_HF_MLP},
+    "llama": _HF_DENSE,
+    "mistral": _HF_DENSE,
+    "qwen2": _HF_DENSE,
+    "qwen3": {**_HF_DENSE, **_HF_QK_NORM},
+    "smollm3": _HF_DENSE,
     "mixtral": {
         **_HF_ENDS,
         **_HF_BLOCK,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 
@@ -29,3 +30,19 @@ def tiny_mistral(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
 def tiny_mixtral(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     """Mixtral with 5 experts of which 2 answer."""
     return save_tiny("mixtral", tmp_path_factory.mktemp("models") / "tiny-mixtral")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyModel]:
+    """The tiny model of a kind, made once a session."""
+    made: dict[str, TinyModel] = {}
+
+    def of(kind: str) -> TinyModel:
+        if kind in ("llama", "mistral", "mixtral"):
+            model: TinyModel = request.getfixturevalue(f"tiny_{kind}")
+            return model
+        if kind not in made:
+            made[kind] = save_tiny(kind, tmp_path_factory.mktemp("models") / f"tiny-{kind}")
+        return made[kind]
+
+    return of

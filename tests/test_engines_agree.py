@@ -3,7 +3,7 @@ site in both engines, with the same edits too. A wrong name, layer, head order, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,13 @@ IDS = [0, 290, 284, 280, 306, 275, 31, 290, 284, 77, 255, 12, 9, 9]
 NMSE = 1e-6  # llama.cpp's check-nmse.py calls this identical
 
 
-@pytest.fixture(scope="module", params=["llama", "mistral", "mixtral"])
-def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Engine, Engine]]:
+KINDS = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "smollm3")
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def pair(request: pytest.FixtureRequest, tiny_model: Callable[[str], TinyModel]) -> Iterator[tuple[Engine, Engine]]:
     """(PyTorch, llama.cpp) on the same float32 weights, llama.cpp with a float32 key/value cache."""
-    tiny: TinyModel = request.getfixturevalue(f"tiny_{request.param}")
+    tiny = tiny_model(request.param)
     options = OpenOptions(device="cpu", n_gpu_layers=0, kv_cache="f32", n_threads=2)
     engines = open_engine(tiny.hf, options), open_engine(tiny.gguf, options)
     yield engines

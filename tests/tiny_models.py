@@ -25,29 +25,40 @@ class TinyModel:
     """One model in both formats. `hf`: the folder; `gguf`: the F32 file, written when first asked for."""
 
     hf: Path
+    kind: str
 
     @cached_property
     def gguf(self) -> Path:
         from backend.gguf_writer import write_gguf
+        from tests import gguf_fixtures
 
         out = self.hf.with_name(f"{self.hf.name}-f32.gguf")
-        write_gguf(self.hf, out, ftype="f32")
+        if self.kind in gguf_fixtures.ROWS:
+            gguf_fixtures.write_f32(self.hf, out)
+        else:
+            write_gguf(self.hf, out, ftype="f32")
         return out
 
 
-def save_tiny(kind: str, folder: Path, **changes: Any) -> TinyModel:
-    """A random model of `kind` (llama with attention biases, mistral with d_head != d_model / n_heads, or mixtral) in `folder`."""
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, MixtralConfig
+# What a tiny model of each kind has besides _COMMON: sizes that differ from each other, and the parts that make it special.
+_KINDS: dict[str, dict[str, Any]] = {
+    "llama": {"intermediate_size": 96, "attention_bias": True},
+    "mistral": {"intermediate_size": 112, "head_dim": 24, "sliding_window": None},
+    "mixtral": {"intermediate_size": 48, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen2": {"intermediate_size": 96},
+    "qwen3": {"intermediate_size": 96, "head_dim": 24},
+    "smollm3": {"intermediate_size": 96, "num_hidden_layers": 5, "pad_token_id": None},  # layer 3 has no rotary embedding
+}
 
-    configs: dict[str, Any] = {
-        "llama": lambda **kw: LlamaConfig(intermediate_size=96, attention_bias=True, **kw),
-        "mistral": lambda **kw: MistralConfig(intermediate_size=112, **{"head_dim": 24, "sliding_window": None, **kw}),
-        "mixtral": lambda **kw: MixtralConfig(intermediate_size=48, num_local_experts=5, num_experts_per_tok=2, sliding_window=None, **kw),
-    }
+
+def save_tiny(kind: str, folder: Path, **changes: Any) -> TinyModel:
+    """A random model of `kind` in `folder`; `changes` go into its configuration."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     with torch.random.fork_rng():
         torch.manual_seed(sum(kind.encode()))
-        model = AutoModelForCausalLM.from_config(configs[kind](**{**_COMMON, **changes}), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**_COMMON, **_KINDS[kind], **changes}), dtype=torch.float32)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.normal_(std=1.4 * parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3)
@@ -55,7 +66,7 @@ def save_tiny(kind: str, folder: Path, **changes: Any) -> TinyModel:
                     parameter.add_(1.0)
     model.save_pretrained(folder)
     save_tokenizer(folder)
-    return TinyModel(folder)
+    return TinyModel(folder, kind)
 
 
 def save_tokenizer(folder: Path) -> None:

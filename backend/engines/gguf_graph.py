@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -100,8 +100,8 @@ class Watch:
 
     def rest(self) -> None:
         """Want no node."""
-        self._by_name: dict[bytes, dict[int, Place]] = {}
-        self._by_weight: dict[bytes, Place] = {}
+        self._by_name: dict[bytes, dict[int, list[Place]]] = {}
+        self._by_weight: dict[bytes, list[Place]] = {}
         self._visit: Callable[[Tensor, Place], None] | None = None
         self._recorded: list[SeenNode] | None = None
 
@@ -111,9 +111,9 @@ class Watch:
         self._visit = visit
         for place in places:
             if place.weight:
-                self._by_weight[place.weight.encode()] = place
+                self._by_weight.setdefault(place.weight.encode(), []).append(place)
             else:
-                self._by_name.setdefault(place.name.encode(), {})[place.op] = place
+                self._by_name.setdefault(place.name.encode(), {}).setdefault(place.op, []).append(place)
 
     def record(self, into: list[SeenNode]) -> None:
         """Note every node that is asked about, besides visiting the wanted ones."""
@@ -131,25 +131,26 @@ class Watch:
         if self.error is not None:
             return False
         try:
-            place = self._place_of(address)
+            places = self._places_of(address)
             if ask:
                 if self._recorded is not None:
                     self._recorded.append(SeenNode.of(Tensor.from_address(address)))
-                return place is not None
-            if place is not None and self._visit is not None:
-                self._visit(Tensor.from_address(address), place)
+                return bool(places)
+            if self._visit is not None:
+                for place in places:
+                    self._visit(Tensor.from_address(address), place)
         except BaseException as error:  # noqa: BLE001 - raised again by raise_error, once C is left
             self.error = error
             return False
         return True
 
-    def _place_of(self, address: int) -> Place | None:
-        """One look-up: this runs for every node of the graph."""
+    def _places_of(self, address: int) -> Sequence[Place]:
+        """One look-up: this runs for every node of the graph. A node can hold two sites, in the order of the table."""
         ops = self._by_name.get(ctypes.string_at(address + NAME_OFFSET))
         if ops is not None:
-            return ops.get(ctypes.c_int.from_address(address + OP_OFFSET).value)
+            return ops.get(ctypes.c_int.from_address(address + OP_OFFSET).value, ())
         if not self._by_weight:
-            return None
+            return ()
         tensor = Tensor.from_address(address)
-        place = self._by_weight.get(tensor.src[0].contents.name) if tensor.src[0] else None
-        return place if place is not None and place.op == tensor.op else None
+        places = self._by_weight.get(tensor.src[0].contents.name, ()) if tensor.src[0] else ()
+        return [place for place in places if place.op == tensor.op]

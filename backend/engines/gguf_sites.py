@@ -70,9 +70,16 @@ _EXPERTS = (
 )
 _OUTPUT = (Node("ln_final_out", "result_norm"), Node("logits", "result_output"))
 
+# Some layers may turn nothing (SmolLM3): there the projection itself is what attention gets. Elsewhere the rotation comes later.
+_UNROTATED = (Node("rot_q", "Qcur", "RESHAPE"), Node("rot_k", "Kcur", "RESHAPE"))
+_DENSE = _EMBEDDING + _ATTENTION + _ATTENTION_OUT + _MLP + _OUTPUT
+
 ARCHITECTURES: Mapping[str, Architecture] = {
     # Llama, Mistral and Mixtral files: the last two carry the same name.
-    "llama": Architecture(_EMBEDDING + _ATTENTION + _ATTENTION_OUT + _MLP + _EXPERTS + _OUTPUT),
+    "llama": Architecture(_DENSE + _EXPERTS),
+    "qwen2": Architecture(_DENSE),
+    "qwen3": Architecture(_DENSE),
+    "smollm3": Architecture(_DENSE + _UNROTATED),
 }
 
 

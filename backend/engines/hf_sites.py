@@ -8,7 +8,7 @@ attn_scores, attn_pattern and z are not modules: the attention function sees the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 # Sites that the attention function offers in every architecture that goes through transformers' attention interface.
@@ -111,6 +111,9 @@ _LLAMA = Architecture(
     places={**_BLOCK_PLACES, **_GATED_MLP_PLACES},
     weights={**_BLOCK_WEIGHTS, **_GATED_MLP_WEIGHTS},
 )
+_QWEN3 = replace(
+    _LLAMA, weights={**_LLAMA.weights, **{f"blocks.{{}}.attn.{x}_norm.w": Weight(f"{_ATTN}.{x}_norm.weight") for x in "qk"}}
+)
 _MIXTRAL = Architecture(
     layer=_LAYER,
     attention=_ATTN,
@@ -121,4 +124,11 @@ _MIXTRAL = Architecture(
     router=Router(f"{_MLP}.gate", renormalise=True),
 )
 
-ARCHITECTURES: Mapping[str, Architecture] = {"llama": _LLAMA, "mistral": _LLAMA, "mixtral": _MIXTRAL}
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "mixtral": _MIXTRAL,
+    "qwen2": _LLAMA,
+    "qwen3": _QWEN3,
+    "smollm3": _LLAMA,
+}

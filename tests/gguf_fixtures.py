@@ -1,0 +1,100 @@
+"""GGUF files of the tiny random models whose architecture the project's own writer does not know: F32, one table row each.
+
+Tensor names come from gguf's TensorNameMap, metadata from the configuration that transformers reads, and what llama.cpp's
+converter does to the numbers (a gain of 1 + w, transposed or reordered matrices) from the row of the architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from backend.gguf_writer import _add_vocabulary, _read_safetensors, interleave_rotary
+
+Array = NDArray[Any]
+Change = Callable[[str, Array, Any], Array]
+
+
+def _gain_is_one_plus(name: str, values: Array, config: Any) -> Array:
+    return values + 1 if name.endswith("norm.weight") else values
+
+
+def _rotary_pairs(name: str, values: Array, config: Any) -> Array:
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+    return interleave_rotary(values, heads) if heads else values
+
+
+def _transposed(name: str, values: Array, config: Any) -> Array:
+    """Conv1D keeps (in, out)."""
+    return values.T if values.ndim == 2 and name.split(".")[-2] in ("c_attn", "c_proj", "c_fc") else values
+
+
+@dataclass(frozen=True)
+class Row:
+    """`keys`: metadata beyond the common sizes, key without the architecture's name -> attribute of the configuration."""
+
+    architecture: gguf.MODEL_ARCH
+    keys: Mapping[str, str] = field(default_factory=dict)
+    change: Change = lambda name, values, config: values
+
+
+_RMS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
+ROWS: Mapping[str, Row] = {
+    "qwen2": Row(gguf.MODEL_ARCH.QWEN2, _RMS),
+    "qwen3": Row(gguf.MODEL_ARCH.QWEN3, _RMS),
+    "smollm3": Row(gguf.MODEL_ARCH.SMOLLM3, _RMS, _rotary_pairs),
+}
+
+
+def write_f32(folder: Path, out: Path) -> None:
+    """Write the checkpoint in `folder` to `out`, every weight as it is."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    row = ROWS[config.model_type]
+    writer = gguf.GGUFWriter(out, gguf.MODEL_ARCH_NAMES[row.architecture])
+    writer.add_name(folder.name)
+    writer.add_file_type(gguf.LlamaFileType.ALL_F32)
+    _add_sizes(writer, config)
+    for key, attribute in row.keys.items():
+        value = getattr(config, attribute)
+        (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"{writer.arch}.{key}", value)
+    _add_vocabulary(writer, folder, config.to_dict())
+    for name, values in _tensors(folder, config, row):
+        writer.add_tensor(name, np.ascontiguousarray(values, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
+    d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = getattr(config, "rope_parameters", None) or {}
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(getattr(config, "num_key_value_heads", config.num_attention_heads))
+    writer.add_key_length(d_head)
+    writer.add_value_length(d_head)
+    writer.add_rope_dimension_count(int(d_head * rope.get("partial_rotary_factor", 1.0)))
+    writer.add_rope_freq_base(rope.get("rope_theta", 10000.0))
+
+
+def _tensors(folder: Path, config: Any, row: Row) -> Iterator[tuple[str, Array]]:
+    names = gguf.get_tensor_name_map(row.architecture, config.num_hidden_layers)
+    for name, values in _read_safetensors(folder).items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert stored is not None, name
+        yield stored, row.change(name, values, config)
