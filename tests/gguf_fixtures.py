@@ -45,10 +45,21 @@ class Row:
 
 
 _RMS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
+_WINDOW = {"attention.sliding_window": "sliding_window"}
 ROWS: Mapping[str, Row] = {
     "qwen2": Row(gguf.MODEL_ARCH.QWEN2, _RMS),
     "qwen3": Row(gguf.MODEL_ARCH.QWEN3, _RMS),
     "smollm3": Row(gguf.MODEL_ARCH.SMOLLM3, _RMS, _rotary_pairs),
+    "olmo2": Row(gguf.MODEL_ARCH.OLMO2, _RMS),
+    "gemma2": Row(
+        gguf.MODEL_ARCH.GEMMA2,
+        {**_RMS, "attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping", **_WINDOW},
+        _gain_is_one_plus,
+    ),
+    "phi3": Row(gguf.MODEL_ARCH.PHI3, {**_RMS, "rope.scaling.original_context_length": "original_max_position_embeddings"}),
+    "gpt2": Row(gguf.MODEL_ARCH.GPT2, {"attention.layer_norm_epsilon": "layer_norm_epsilon"}, _transposed),
+    "starcoder2": Row(gguf.MODEL_ARCH.STARCODER2, {"attention.layer_norm_epsilon": "norm_epsilon"}),
+    "stablelm": Row(gguf.MODEL_ARCH.STABLELM, {"attention.layer_norm_epsilon": "layer_norm_eps"}),
 }
 
 
@@ -59,7 +70,7 @@ def write_f32(folder: Path, out: Path) -> None:
     config = AutoConfig.from_pretrained(folder)
     row = ROWS[config.model_type]
     writer = gguf.GGUFWriter(out, gguf.MODEL_ARCH_NAMES[row.architecture])
-    writer.add_name(folder.name)
+    writer.add_name("a tiny random model")  # llama.cpp looks for special tokens of its own where "phi3" is in the name
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     _add_sizes(writer, config)
     for key, attribute in row.keys.items():
@@ -81,9 +92,9 @@ def _add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_vocab_size(config.vocab_size)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    writer.add_feed_forward_length(getattr(config, "intermediate_size", None) or config.n_inner)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(getattr(config, "num_key_value_heads", config.num_attention_heads))
+    writer.add_head_count_kv(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     writer.add_key_length(d_head)
     writer.add_value_length(d_head)
     writer.add_rope_dimension_count(int(d_head * rope.get("partial_rotary_factor", 1.0)))

@@ -20,6 +20,7 @@ from backend.errors import Cancelled
 from backend.intervention import Intervention, apply, edits_by_place
 from backend.model_info import ModelInfo
 from backend.sites import SITES
+from backend.weight_names import section
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -110,12 +111,18 @@ def _stop_hook(tap: Tap) -> Callable[..., None]:
 def _hang(model: nn.Module, tap: Tap, site: str, layer: int | None, place: Place) -> Any:
     name = place.module.format(layer)
     module = model.get_submodule(name)
+    columns = section(place.section, tap.info) if place.section else slice(None)
 
     def through(value: Tensor) -> Tensor | None:
         """value: (1, pos, ...) as the module has it."""
-        rows = value[0].reshape(value.shape[1], -1, tap.info.d_head) if place.heads else value[0]
+        mine = value[0][:, columns]
+        rows = mine.reshape(len(mine), -1, tap.info.d_head) if place.heads else mine
         changed = tap.through(site, layer, rows, f"{name or 'model'}.{place.side}")
-        return None if changed is None else changed.reshape(value.shape)
+        if changed is None or not place.section:
+            return None if changed is None else changed.reshape(value.shape)
+        value = value.clone()
+        value[0][:, columns] = changed.reshape(mine.shape)
+        return value
 
     def on_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         changed = through(args[0])
