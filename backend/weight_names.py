@@ -89,10 +89,11 @@ GGUF_NAMES: Mapping[str, Names] = {
     "gpt2": {**_without(_GGUF_DENSE, "gate"), **_GGUF_FUSED_QKV, **_GGUF_NORM_BIASES, "pos_embed.W_pos": "position_embd.weight"},
     "starcoder2": {**_without(_GGUF_DENSE, "gate"), **_GGUF_NORM_BIASES},
     "stablelm": {**_GGUF_DENSE, **_GGUF_NORM_BIASES},
+    "granite": _GGUF_DENSE,
 }
 
 # GGUF architectures whose converter reorders the rows of W_Q and W_K, from RoPE pairs (i, i + d_head/2) to (2i, 2i + 1).
-ROTARY_INTERLEAVED = frozenset({"llama", "smollm3"})
+ROTARY_INTERLEAVED = frozenset({"llama", "smollm3", "granite"})
 
 _HF_BLOCK = {
     "blocks.{}.ln1.w": "model.layers.{}.input_layernorm.weight",
@@ -160,6 +161,7 @@ HF_NAMES: Mapping[str, Names] = {
     "gpt2": _HF_GPT2,
     "starcoder2": {**_HF_ENDS, **_HF_BLOCK, **_HF_PLAIN_MLP, **_HF_NORM_BIASES},
     "stablelm": {**_HF_DENSE, **_HF_NORM_BIASES},
+    "granite": _HF_DENSE,
     "mixtral": {
         **_HF_ENDS,
         **_HF_BLOCK,

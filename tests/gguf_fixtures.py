@@ -59,6 +59,14 @@ ROWS: Mapping[str, Row] = {
     "phi3": Row(gguf.MODEL_ARCH.PHI3, {**_RMS, "rope.scaling.original_context_length": "original_max_position_embeddings"}),
     "gpt2": Row(gguf.MODEL_ARCH.GPT2, {"attention.layer_norm_epsilon": "layer_norm_epsilon"}, _transposed),
     "starcoder2": Row(gguf.MODEL_ARCH.STARCODER2, {"attention.layer_norm_epsilon": "norm_epsilon"}),
+    "granite": Row(
+        gguf.MODEL_ARCH.GRANITE,
+        {
+            **_RMS, "attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier",
+            "residual_scale": "residual_multiplier", "logit_scale": "logits_scaling",
+        },
+        _rotary_pairs,
+    ),
     "stablelm": Row(gguf.MODEL_ARCH.STABLELM, {"attention.layer_norm_epsilon": "layer_norm_eps"}),
 }
 

@@ -22,7 +22,7 @@ IDS = [0, 290, 284, 280, 306, 275, 31, 290, 284, 77, 255, 12, 9, 9]
 NMSE = 1e-6  # llama.cpp's check-nmse.py calls this identical
 
 
-KINDS = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "smollm3", "olmo2", "gemma2", "phi3", "gpt2", "starcoder2", "stablelm")
+KINDS = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "smollm3", "olmo2", "gemma2", "phi3", "gpt2", "starcoder2", "stablelm", "granite")
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -56,6 +56,9 @@ _KINDS: dict[str, dict[str, Any]] = {
     "phi3": {"intermediate_size": 96, "original_max_position_embeddings": 1024, "sliding_window": None, "pad_token_id": None},
     "gpt2": {"n_inner": 112, "num_key_value_heads": None, "tie_word_embeddings": True, "layer_norm_epsilon": 1e-4},
     "starcoder2": {"intermediate_size": 96, "sliding_window": None, "norm_epsilon": 1e-4, "use_bias": True, "tie_word_embeddings": True},
+    "granite": {
+        "intermediate_size": 96, "attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.6, "logits_scaling": 2.5,
+    },
     "stablelm": {"intermediate_size": 96, "use_qkv_bias": True, "layer_norm_eps": 1e-4, "partial_rotary_factor": 0.5},
 }
 

@@ -52,7 +52,9 @@ class GgufEngine:
         header = read_header(path)
         info = model_info(path, header)
         self._table = architecture(info.architecture, path.name)
-        self._softcap = float(header.metadata.get(f"{info.architecture}.{self._table.logit_softcap}", 0.0)) if self._table.logit_softcap else 0.0
+        self._divisor, self._softcap = (
+            float(header.metadata.get(f"{info.architecture}.{key}", 0.0)) for key in (self._table.logit_divisor, self._table.logit_softcap)
+        )
         if "tokenizer.ggml.tokens" not in header.metadata:
             raise LayerscopeError(f"{path.name} holds no tokenizer (tokenizer.ggml.tokens is missing).")
         self._options, self._n_ubatch = options, n_ubatch
@@ -133,7 +135,7 @@ class GgufEngine:
         normed = (rows / scale).astype(np.float32) * self._weights["ln_final.w"]
         if "ln_final.b" in self._weights:
             normed = normed + self._weights["ln_final.b"]
-        logits = self._times_unembed(normed)
+        logits = self._times_unembed(normed) / np.float32(self._divisor or 1.0)
         return np.asarray(self._softcap * np.tanh(logits / self._softcap), np.float32) if self._softcap else logits
 
     def _times_unembed(self, normed: NDArray[np.float32]) -> NDArray[np.float32]:

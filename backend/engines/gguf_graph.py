@@ -55,14 +55,13 @@ class SeenNode:
 
 
 def _operands(tensor: Tensor, op: str) -> list[bytes]:
-    """Names of what a node takes, and the weight of the product that an ADD takes: the last layer selects rows in between."""
+    """Names of what a node takes, and of the weight of the product that an ADD takes; the last layer selects rows in between."""
     sources = [source.contents for source in tensor.src[:2] if source]
-    names = [source.name for source in sources]
-    if op == "ADD":
-        product = sources[0].src[0].contents if op_name(sources[0].op) == "GET_ROWS" else sources[0]
-        if op_name(product.op) == "MUL_MAT":
-            names.append(product.src[0].contents.name)
-    return names
+    if sources and op_name(sources[0].op) == "GET_ROWS":
+        sources[0] = sources[0].src[0].contents
+    if op == "ADD" and op_name(sources[0].op) == "MUL_MAT":
+        sources.append(sources[0].src[0].contents)
+    return [source.name for source in sources]
 
 
 def find_places(table: Architecture, nodes: Iterable[SeenNode]) -> dict[Where, Place]:
@@ -78,10 +77,10 @@ def find_places(table: Architecture, nodes: Iterable[SeenNode]) -> dict[Where, P
         name, layer = _split(node.name)
         op = op_name(node.op)
         for operand in node.operands:
-            weight = re.fullmatch(r"blk\.(\d+)\.(.+)", operand)
-            for row in by_weight.get(weight[2], ()) if weight else ():
-                if weight and row.op == op:
-                    places[row.site, int(weight[1])] = Place(row.site, int(weight[1]), "", node.op, operand, part=row.part)
+            weight, at = _split(operand)
+            for row in by_weight.get(weight, ()) if at is not None else ():
+                if row.op == op:
+                    places[row.site, at] = Place(row.site, at, "", node.op, operand, part=row.part)
         for row in by_name.get(name, ()):
             if row.op in ("", op):
                 places[row.site, layer] = Place(row.site, layer, node.name, node.op, part=row.part)
@@ -94,7 +93,10 @@ def find_places(table: Architecture, nodes: Iterable[SeenNode]) -> dict[Where, P
 
 
 def _split(name: str) -> tuple[str, int | None]:
-    """From "kq-3" to ("kq", 3); a name without a layer keeps None."""
+    """From "kq-3" to ("kq", 3) and from "blk.3.attn_q.weight" to ("attn_q.weight", 3); a name without a layer keeps None."""
+    weight = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
+    if weight:
+        return weight[2], int(weight[1])
     match = re.fullmatch(r"(.+)-(\d+)", name)
     return (match[1], int(match[2])) if match else (name, None)
 

@@ -20,8 +20,8 @@ class Node:
 
     name    ggml's name without "-L"; empty: the node has no name of its own
     op      ggml's op; empty: any
-    weight  in place of a name: a weight or bias that an op takes, without "blk.L."; `op` is needed then. An ADD also takes the
-            weight of the product that it adds
+    weight  in place of a name: a weight or bias that an op takes, without "blk.L.", or a named node without "-L"; `op` is needed
+            then. An ADD also takes the weight of the product that it adds
     part    (i, n): the i-th of n equal parts of the last axis; empty: all of it
     """
 
@@ -37,12 +37,14 @@ class Architecture:
     """What the engine must know of one architecture beyond its header.
 
     norm             of the residual stream: RMS norm, or LayerNorm with a bias
-    logit_softcap    metadata key, without the architecture, of the cap c in c tanh(logits / c)
+    logit_divisor    metadata key, without the architecture, of what logits are divided by
+    logit_softcap    likewise of the cap c in c tanh(logits / c)
     window_period    layers l with l % period != period - 1 see a sliding window only; 0: no layer does
     """
 
     nodes: tuple[Node, ...]
     norm: Literal["rms", "layer"] = "rms"
+    logit_divisor: str = ""
     logit_softcap: str = ""
     window_period: int = 0
 
@@ -100,6 +102,7 @@ _UNGATED_MLP = (
     Node("mlp_out", "ffn_out"),
     Node("resid_post", "l_out"),
 )
+_SCALED = (Node("embed", "embd", "SCALE"), Node("attn_out", weight="attn_out", op="SCALE"), Node("mlp_out", weight="ffn_out", op="SCALE"))
 _FUSED_MLP = (Node("mlp_pre", "ffn_up", part=(0, 2)), Node("mlp_pre_linear", "ffn_up", part=(1, 2)))
 _DENSE = _EMBEDDING + _ATTENTION + _ATTENTION_OUT + _MLP + _OUTPUT
 
@@ -122,6 +125,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     ),
     "starcoder2": Architecture(_EMBEDDING + _ATTENTION + _ATTENTION_OUT + _ATTENTION_OUT_BIAS + _UNGATED_MLP + _OUTPUT, norm="layer"),
     "stablelm": Architecture(_DENSE, norm="layer"),
+    "granite": Architecture(_DENSE + _SCALED, logit_divisor="logit_scale"),
 }
 
 

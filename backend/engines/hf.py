@@ -122,7 +122,7 @@ class HfEngine:
         with _no_grad():
             # The pieces of a run, so that the last layer's lens and the model's own logits agree to the bit.
             pieces = [torch.from_numpy(rows[i : i + PIECE]).to(self.device, self._model.dtype) for i in range(0, len(rows), PIECE)]
-            logits = [to_numpy(self._capped(unembed(norm(piece[None]))[0])) for piece in pieces]
+            logits = [to_numpy(self._finished(unembed(norm(piece[None]))[0])) for piece in pieces]
         return np.concatenate(logits).reshape(*resid.shape[:-1], -1)
 
     def weight(self, name: str) -> NDArray[np.float32]:
@@ -152,8 +152,10 @@ class HfEngine:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _capped(self, logits: Any) -> Any:
-        cap = getattr(self._model.config, self._row.logit_softcap) if self._row.logit_softcap else None
+    def _finished(self, logits: Any) -> Any:
+        """Logits as the model's own last step leaves them."""
+        divisor, cap = (getattr(self._model.config, key) if key else None for key in (self._row.logit_divisor, self._row.logit_softcap))
+        logits = logits / divisor if divisor else logits
         return (logits / cap).tanh() * cap if cap else logits
 
     def _check_edits(self, edits: tuple[Intervention, ...], n_tokens: int) -> None:

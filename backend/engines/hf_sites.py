@@ -29,6 +29,7 @@ class Place:
     part: int | str | None = None
     heads: bool = False  # the last axis is (head, d_head) flattened
     section: str = ""  # which columns of a fused projection, as backend.weight_names.section has them; empty: all
+    times: str = ""  # the configuration's factor that the block multiplies the module's output with
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Architecture:
     weights: Mapping[str, Weight]
     router: Router | None = None
     rotary: bool = True
+    logit_divisor: str = ""  # the configuration's name for what logits are divided by
     logit_softcap: str = ""  # the configuration's cap c in c tanh(logits / c)
 
     @property
@@ -203,6 +205,16 @@ _STARCODER2 = replace(
     },
 )
 _STABLELM = replace(_LLAMA, weights={**_LLAMA.weights, **_NORM_BIASES})
+_GRANITE = replace(
+    _LLAMA,
+    places={
+        **_LLAMA.places,
+        "embed": Place("model.layers.0", side="input"),  # embeddings are multiplied outside their module
+        "attn_out": Place(_ATTN, part=0, times="residual_multiplier"),
+        "mlp_out": Place(_MLP, times="residual_multiplier"),
+    },
+    logit_divisor="logits_scaling",
+)
 
 _H = "transformer.h.{}"
 _GPT2 = Architecture(
@@ -254,4 +266,5 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "gpt2": _GPT2,
     "starcoder2": _STARCODER2,
     "stablelm": _STABLELM,
+    "granite": _GRANITE,
 }

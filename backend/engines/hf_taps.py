@@ -112,14 +112,15 @@ def _hang(model: nn.Module, tap: Tap, site: str, layer: int | None, place: Place
     name = place.module.format(layer)
     module = model.get_submodule(name)
     columns = section(place.section, tap.info) if place.section else slice(None)
+    factor = float(getattr(model.config, place.times)) if place.times else 1.0
 
     def through(value: Tensor) -> Tensor | None:
         """value: (1, pos, ...) as the module has it."""
-        mine = value[0][:, columns]
+        mine = value[0][:, columns] if factor == 1.0 else value[0] * factor
         rows = mine.reshape(len(mine), -1, tap.info.d_head) if place.heads else mine
         changed = tap.through(site, layer, rows, f"{name or 'model'}.{place.side}")
         if changed is None or not place.section:
-            return None if changed is None else changed.reshape(value.shape)
+            return None if changed is None else changed.reshape(value.shape) / factor
         value = value.clone()
         value[0][:, columns] = changed.reshape(mine.shape)
         return value
