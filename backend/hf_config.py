@@ -48,6 +48,7 @@ class ConfigKeys:
     n_ctx: str = "max_position_embeddings"
     norm_eps: str = "rms_norm_eps"
     n_experts: str | None = None
+    n_experts_alias: str | None = None  # transformers 5 writes another name than the model's makers did
     n_experts_used: str | None = None
     sliding_window: str | None = None
     tied: bool = False  # whether embedding and output matrix are one where the config leaves it out
@@ -66,6 +67,12 @@ ARCHITECTURES: dict[str, ConfigKeys] = {
     "smollm3": ConfigKeys(),
     "olmo2": ConfigKeys(),
     "gemma2": ConfigKeys(sliding_window="sliding_window", tied=True),
+    "gemma3_text": ConfigKeys(sliding_window="sliding_window", tied=True),
+    "qwen3_moe": ConfigKeys(
+        d_mlp="moe_intermediate_size", n_experts="num_experts", n_experts_alias="num_local_experts", n_experts_used="num_experts_per_tok",
+        requires=(("decoder_sparse_step", 1), ("mlp_only_layers", [])),
+    ),
+    "olmoe": ConfigKeys(n_experts="num_experts", n_experts_alias="num_local_experts", n_experts_used="num_experts_per_tok"),
     "phi3": ConfigKeys(sliding_window="sliding_window"),
     "gpt2": ConfigKeys(
         n_layers="n_layer", n_heads="n_head", d_model="n_embd", d_mlp="n_inner", n_ctx="n_positions", norm_eps="layer_norm_epsilon",
@@ -294,8 +301,9 @@ def _sizes(config: Mapping[str, Any], keys: ConfigKeys, name: str) -> dict[str, 
     sizes["d_head"] = size("d_head", keys.d_head, sizes["d_model"] // sizes["n_heads"] or 1)
     if sizes["n_heads"] % sizes["n_kv_heads"]:
         raise LayerscopeError(f"config.json of {name}: {sizes['n_heads']} heads cannot share {sizes['n_kv_heads']} key/value heads evenly.")
-    for field in ("n_experts", "n_experts_used"):
-        sizes[field] = size(field, getattr(keys, field)) if getattr(keys, field) else 0
+    n_experts = keys.n_experts_alias if keys.n_experts and config.get(keys.n_experts) is None and keys.n_experts_alias in config else keys.n_experts
+    for field, key in (("n_experts", n_experts), ("n_experts_used", keys.n_experts_used)):
+        sizes[field] = size(field, key) if key else 0
     if sizes["n_experts_used"] > sizes["n_experts"]:
         raise LayerscopeError(f"config.json of {name} uses {sizes['n_experts_used']} experts a token, but has {sizes['n_experts']}.")
     sizes["sliding_window"] = size("sliding_window", keys.sliding_window, 0)

@@ -85,6 +85,9 @@ GGUF_NAMES: Mapping[str, Names] = {
     "smollm3": _GGUF_DENSE,
     "olmo2": {**_without(_GGUF_DENSE, "ln1.w", "ln2.w"), **_GGUF_QK_NORM, **_GGUF_POST_NORMS},
     "gemma2": {**_GGUF_DENSE, **_GGUF_POST_NORMS},
+    "gemma3": {**_GGUF_DENSE, **_GGUF_QK_NORM, **_GGUF_POST_NORMS},
+    "qwen3moe": {**_GGUF_ENDS, **_GGUF_BLOCK, **_GGUF_QK_NORM, **_GGUF_EXPERTS},
+    "olmoe": {**_GGUF_ENDS, **_GGUF_BLOCK, **_GGUF_QK_NORM, **_GGUF_EXPERTS},
     "phi3": {**_GGUF_DENSE, **_GGUF_FUSED_QKV, **_GGUF_FUSED_MLP},
     "gpt2": {**_without(_GGUF_DENSE, "gate"), **_GGUF_FUSED_QKV, **_GGUF_NORM_BIASES, "pos_embed.W_pos": "position_embd.weight"},
     "starcoder2": {**_without(_GGUF_DENSE, "gate"), **_GGUF_NORM_BIASES},
@@ -111,6 +114,13 @@ _HF_ENDS = {"embed.W_E": "model.embed_tokens.weight", "ln_final.w": "model.norm.
 _HF_QK_NORM = {f"blocks.{{}}.attn.{x}_norm.w": f"model.layers.{{}}.self_attn.{x}_norm.weight" for x in "qk"}
 _HF_DENSE = {**_HF_ENDS, **_HF_BLOCK, **_HF_MLP}
 
+_HF_EXPERTS = {
+    "blocks.{}.mlp.W_router": "model.layers.{}.mlp.gate.weight",
+    **{
+        f"blocks.{{}}.mlp.experts.W_{ours}": f"model.layers.{{}}.mlp.experts.{{e}}.{theirs}_proj.weight"
+        for ours, theirs in (("gate", "gate"), ("in", "up"), ("out", "down"))
+    },
+}
 _HF_NORM_BIASES = {
     "blocks.{}.ln1.b": "model.layers.{}.input_layernorm.bias",
     "blocks.{}.ln2.b": "model.layers.{}.post_attention_layernorm.bias",
@@ -157,6 +167,9 @@ HF_NAMES: Mapping[str, Names] = {
     "smollm3": _HF_DENSE,
     "olmo2": {**_without(_HF_DENSE, "ln1.w", "ln2.w"), **_HF_QK_NORM, **_HF_POST_NORMS},
     "gemma2": {**_HF_DENSE, **{name: Stored(stored, plus=1.0) for name, stored in _HF_GEMMA2_GAINS.items()}},
+    "gemma3_text": {**_HF_DENSE, **{name: Stored(stored, plus=1.0) for name, stored in {**_HF_GEMMA2_GAINS, **_HF_QK_NORM}.items()}},
+    "qwen3_moe": {**_HF_ENDS, **_HF_BLOCK, **_HF_QK_NORM, **_HF_EXPERTS},
+    "olmoe": {**_HF_ENDS, **_HF_BLOCK, **_HF_QK_NORM, **_HF_EXPERTS},
     "phi3": {**_HF_DENSE, **_HF_FUSED},
     "gpt2": _HF_GPT2,
     "starcoder2": {**_HF_ENDS, **_HF_BLOCK, **_HF_PLAIN_MLP, **_HF_NORM_BIASES},

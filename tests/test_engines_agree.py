@@ -4,12 +4,14 @@ site in both engines, with the same edits too. A wrong name, layer, head order, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from backend import hf_config
 from backend.analysis.identities import Identities
 from backend.engines import Engine, OpenOptions, Piece, Request, Sampling, open_engine
 from backend.experiments.capture import _weight_or_none
@@ -22,7 +24,7 @@ IDS = [0, 290, 284, 280, 306, 275, 31, 290, 284, 77, 255, 12, 9, 9]
 NMSE = 1e-6  # llama.cpp's check-nmse.py calls this identical
 
 
-KINDS = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "smollm3", "olmo2", "gemma2", "phi3", "gpt2", "starcoder2", "stablelm", "granite")
+KINDS = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "smollm3", "olmo2", "gemma2", "gemma3_text", "qwen3_moe", "olmoe", "phi3", "gpt2", "starcoder2", "stablelm", "granite")
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -46,6 +48,11 @@ def nmse(actual: NDArray[Any], expected: NDArray[Any]) -> float:
     if not b.any():
         return float(np.inf if a.any() else 0.0)
     return float(((a - b) ** 2).mean() / (b**2).mean())
+
+
+def test_every_architecture_is_held_to_the_contract() -> None:
+    header = (Path(__file__).parent.parent / "docs" / "architectures.md").read_text().split("| site | ")[1].splitlines()[0]
+    assert set(KINDS) == set(hf_config.ARCHITECTURES) == set(header.removesuffix(" |").split(" | "))
 
 
 def test_both_engines_offer_the_same_sites(pair: tuple[Engine, Engine]) -> None:

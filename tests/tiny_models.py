@@ -53,6 +53,12 @@ _KINDS: dict[str, dict[str, Any]] = {
         "intermediate_size": 96, "head_dim": 24, "query_pre_attn_scalar": 24, "sliding_window": 8, "attn_logit_softcapping": 3.0,
         "final_logit_softcapping": 4.0, "tie_word_embeddings": True, "pad_token_id": None, "hidden_activation": "gelu_pytorch_tanh",
     },
+    "gemma3_text": {
+        "intermediate_size": 96, "head_dim": 24, "query_pre_attn_scalar": 24, "sliding_window": 8, "num_hidden_layers": 6, "tie_word_embeddings": True,
+        "pad_token_id": None,
+    },
+    "qwen3_moe": {"intermediate_size": 96, "moe_intermediate_size": 48, "head_dim": 24, "num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": True},
+    "olmoe": {"num_key_value_heads": 4, "intermediate_size": 48, "num_experts": 5, "num_experts_per_tok": 2, "pad_token_id": None},
     "phi3": {"intermediate_size": 96, "original_max_position_embeddings": 1024, "sliding_window": None, "pad_token_id": None},
     "gpt2": {"n_inner": 112, "num_key_value_heads": None, "tie_word_embeddings": True, "layer_norm_epsilon": 1e-4},
     "starcoder2": {"intermediate_size": 96, "sliding_window": None, "norm_epsilon": 1e-4, "use_bias": True, "tie_word_embeddings": True},
@@ -75,7 +81,7 @@ def save_tiny(kind: str, folder: Path, **changes: Any) -> TinyModel:
             for name, parameter in model.named_parameters():
                 fan_in = parameter.shape[0 if kind == "gpt2" and ".h." in name else -1]  # GPT-2's matrices lie (in, out)
                 parameter.normal_(std=1.4 * fan_in**-0.5 if parameter.dim() > 1 else 0.3)
-                if parameter.dim() == 1 and name.endswith(".weight") and kind != "gemma2":  # Gemma multiplies with 1 + w
+                if parameter.dim() == 1 and name.endswith(".weight") and not kind.startswith("gemma"):  # Gemma multiplies with 1 + w
                     parameter.add_(1.0)
     model.save_pretrained(folder)
     save_tokenizer(folder)

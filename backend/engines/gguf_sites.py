@@ -118,6 +118,13 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         logit_softcap="final_logit_softcapping",
         window_period=2,
     ),
+    "gemma3": Architecture(
+        (*_DENSE, *_POST_NORMS, Node("embed", "inp_scaled"), Node("resid_mid", "sa_out"), Node("mlp_post", "ffn_geglu")),
+        logit_softcap="final_logit_softcapping",
+        window_period=6,
+    ),
+    "qwen3moe": Architecture(_EMBEDDING + _ATTENTION + _ATTENTION_OUT + _MLP + _EXPERTS + _OUTPUT),
+    "olmoe": Architecture(_EMBEDDING + _ATTENTION + _WIDE_QK + _ATTENTION_OUT + _MLP + _EXPERTS + _OUTPUT),
     "phi3": Architecture((*_DENSE, *_FUSED_QKV, *_FUSED_MLP, Node("resid_mid", weight="attn_output.weight", op="ADD"))),
     "gpt2": Architecture(
         (Node("embed", "inpL"), *(node for node in _ATTENTION if node.op != "ROPE"), *_FUSED_QKV, *_ATTENTION_OUT, *_ATTENTION_OUT_BIAS, *_UNGATED_MLP, *_OUTPUT),

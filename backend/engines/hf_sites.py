@@ -37,7 +37,7 @@ class Router:
     """A router module that returns (logits, weights, indices); its weights are the top k of softmax(logits)."""
 
     module: str
-    renormalise: bool  # the weights of the chosen experts are made to sum to 1
+    renormalise: bool | str  # the weights of the chosen experts are made to sum to 1; a name: the module's attribute that says so
 
 
 @dataclass(frozen=True)
@@ -180,6 +180,16 @@ _GEMMA2 = replace(
     weights={**_LLAMA.weights, **{name: replace(gain, plus=1.0) for name, gain in _GEMMA2_GAINS.items()}},
     logit_softcap="final_logit_softcapping",
 )
+_GEMMA3 = replace(
+    _GEMMA2,
+    weights={**_GEMMA2.weights, **{f"blocks.{{}}.attn.{x}_norm.w": Weight(f"{_ATTN}.{x}_norm.weight", plus=1.0) for x in "qk"}},
+)
+_QWEN3_MOE = replace(
+    _QWEN3,
+    places=_BLOCK_PLACES,
+    weights={**{name: w for name, w in _QWEN3.weights.items() if ".mlp." not in name}, **_FUSED_EXPERT_WEIGHTS},
+    router=Router(f"{_MLP}.gate", renormalise="norm_topk_prob"),
+)
 _PHI3 = replace(
     _LLAMA,
     places={
@@ -262,6 +272,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "smollm3": _LLAMA,
     "olmo2": _OLMO2,
     "gemma2": _GEMMA2,
+    "gemma3_text": _GEMMA3,
+    "qwen3_moe": _QWEN3_MOE,
+    "olmoe": _QWEN3_MOE,
     "phi3": _PHI3,
     "gpt2": _GPT2,
     "starcoder2": _STARCODER2,

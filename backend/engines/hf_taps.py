@@ -149,13 +149,14 @@ def _router_hook(tap: Tap, layer: int, router: Router, name: str) -> Callable[..
 
     def on_route(module: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         logits, weights, indices = output
+        renormalise = getattr(module, router.renormalise) if isinstance(router.renormalise, str) else router.renormalise
         changed = tap.through("router_logits", layer, logits, name)
         logits = logits if changed is None else changed
         probs = logits.float().softmax(dim=-1)
         rerouted = tap.through("router_probs", layer, probs, f"softmax({name})")
         if changed is not None or rerouted is not None:
             best, indices = (probs if rerouted is None else rerouted).topk(indices.shape[-1], dim=-1)
-            weights = (best / best.sum(dim=-1, keepdim=True) if router.renormalise else best).to(weights.dtype)
+            weights = (best / best.sum(dim=-1, keepdim=True) if renormalise else best).to(weights.dtype)
         tap.through("expert_indices", layer, indices, name)
         reweighted = tap.through("expert_weights", layer, weights, name)
         return logits, weights if reweighted is None else reweighted, indices
