@@ -48,8 +48,12 @@ class ConfigKeys:
     n_ctx: str = "max_position_embeddings"
     norm_eps: str = "rms_norm_eps"
     n_experts: str | None = None
+    n_experts_alias: str | None = None  # transformers 5 writes another name than the model's makers did
     n_experts_used: str | None = None
     sliding_window: str | None = None
+    tied: bool = False  # whether embedding and output matrix are one where the config leaves it out
+    mlp_ratio: int | None = None  # d_mlp / d_model where the config leaves d_mlp out
+    requires: tuple[tuple[str, object], ...] = ()  # what else must be set so: variants that would need other sites
     embed: str = "model.embed_tokens.weight"  # its tensor: (d_vocab, d_model)
 
 
@@ -57,10 +61,26 @@ class ConfigKeys:
 ARCHITECTURES: dict[str, ConfigKeys] = {
     "llama": ConfigKeys(),
     "mistral": ConfigKeys(sliding_window="sliding_window"),
+    "mixtral": ConfigKeys(n_experts="num_local_experts", n_experts_used="num_experts_per_tok", sliding_window="sliding_window"),
     "qwen2": ConfigKeys(),
     "qwen3": ConfigKeys(),
     "smollm3": ConfigKeys(),
-    "mixtral": ConfigKeys(n_experts="num_local_experts", n_experts_used="num_experts_per_tok", sliding_window="sliding_window"),
+    "olmo2": ConfigKeys(),
+    "gemma2": ConfigKeys(sliding_window="sliding_window", tied=True),
+    "gemma3_text": ConfigKeys(sliding_window="sliding_window", tied=True),
+    "qwen3_moe": ConfigKeys(
+        d_mlp="moe_intermediate_size", n_experts="num_experts", n_experts_alias="num_local_experts", n_experts_used="num_experts_per_tok",
+        requires=(("decoder_sparse_step", 1), ("mlp_only_layers", [])),
+    ),
+    "olmoe": ConfigKeys(n_experts="num_experts", n_experts_alias="num_local_experts", n_experts_used="num_experts_per_tok"),
+    "phi3": ConfigKeys(sliding_window="sliding_window"),
+    "gpt2": ConfigKeys(
+        n_layers="n_layer", n_heads="n_head", d_model="n_embd", d_mlp="n_inner", n_ctx="n_positions", norm_eps="layer_norm_epsilon",
+        tied=True, mlp_ratio=4, requires=(("add_cross_attention", False),), embed="transformer.wte.weight",
+    ),
+    "starcoder2": ConfigKeys(tied=True, norm_eps="norm_epsilon", sliding_window="sliding_window"),
+    "stablelm": ConfigKeys(norm_eps="layer_norm_eps", requires=(("use_parallel_residual", False), ("qk_layernorm", False))),
+    "granite": ConfigKeys(),
 }
 
 # Sizes that no real model exceeds: beyond them a config is a mistake or an attack, and is refused before anything is allocated.
@@ -252,9 +272,13 @@ def _architecture(config: Mapping[str, Any], name: str) -> ConfigKeys:
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise LayerscopeError(f"{name} has the architecture {str(model_type)[:40]!r}; the PyTorch engine runs {', '.join(ARCHITECTURES)}.")
     classes = config.get("architectures") or []
-    if classes and not any(str(c).endswith("ForCausalLM") for c in classes):
+    if classes and not any(str(c).endswith(("ForCausalLM", "LMHeadModel")) for c in classes):
         raise LayerscopeError(f"{name} is a {str(classes[0])[:60]}, not a language model that predicts the next token (ForCausalLM).")
-    return ARCHITECTURES[model_type]
+    keys = ARCHITECTURES[model_type]
+    for key, needed in keys.requires:
+        if config.get(key, needed) != needed:
+            raise LayerscopeError(f"{name} has {key} = {str(config[key])[:40]}; {model_type} models run with {needed} only.")
+    return keys
 
 
 def _sizes(config: Mapping[str, Any], keys: ConfigKeys, name: str) -> dict[str, int]:
@@ -268,7 +292,8 @@ def _sizes(config: Mapping[str, Any], keys: ConfigKeys, name: str) -> dict[str, 
             raise LayerscopeError(f"config.json of {name} has {key} = {str(value)[:40]}; it must be a whole number from {low} to {_LIMITS[field]:,}.")
         return value
 
-    sizes = {field: size(field, getattr(keys, field)) for field in ("n_layers", "n_heads", "d_model", "d_mlp", "n_ctx")}
+    sizes = {field: size(field, getattr(keys, field)) for field in ("n_layers", "n_heads", "d_model", "n_ctx")}
+    sizes["d_mlp"] = size("d_mlp", keys.d_mlp, keys.mlp_ratio and keys.mlp_ratio * sizes["d_model"])
     sizes["d_vocab"] = size("d_vocab", "vocab_size")
     sizes["n_kv_heads"] = size("n_kv_heads", keys.n_kv_heads, sizes["n_heads"])
     if config.get(keys.d_head) is None and sizes["d_model"] % sizes["n_heads"]:
@@ -276,8 +301,9 @@ def _sizes(config: Mapping[str, Any], keys: ConfigKeys, name: str) -> dict[str, 
     sizes["d_head"] = size("d_head", keys.d_head, sizes["d_model"] // sizes["n_heads"] or 1)
     if sizes["n_heads"] % sizes["n_kv_heads"]:
         raise LayerscopeError(f"config.json of {name}: {sizes['n_heads']} heads cannot share {sizes['n_kv_heads']} key/value heads evenly.")
-    for field in ("n_experts", "n_experts_used"):
-        sizes[field] = size(field, getattr(keys, field)) if getattr(keys, field) else 0
+    n_experts = keys.n_experts_alias if keys.n_experts and config.get(keys.n_experts) is None and keys.n_experts_alias in config else keys.n_experts
+    for field, key in (("n_experts", n_experts), ("n_experts_used", keys.n_experts_used)):
+        sizes[field] = size(field, key) if key else 0
     if sizes["n_experts_used"] > sizes["n_experts"]:
         raise LayerscopeError(f"config.json of {name} uses {sizes['n_experts_used']} experts a token, but has {sizes['n_experts']}.")
     sizes["sliding_window"] = size("sliding_window", keys.sliding_window, 0)

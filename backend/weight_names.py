@@ -1,8 +1,41 @@
-"""Canonical weight names and the names that files use for them, one row per architecture. {} is the layer, {e} the expert."""
+"""Canonical weight names and the names that files use for them, one row per architecture. {} is the layer, {e} the expert.
+
+A name alone is a tensor as it lies in the file, (out, in). `Stored` says what else must be done to get the canonical numbers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+
+from backend.model_info import ModelInfo
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight inside a stored tensor.
+
+    section     which rows of a fused tensor: Q, K, V of [Q; K; V], gate, in of [gate; in]; empty: all
+    transposed  stored (in, out)
+    plus        added to every value: a gain that is stored as its distance from 1
+    """
+
+    name: str
+    section: str = ""
+    transposed: bool = False
+    plus: float = 0.0
+
+
+Names = Mapping[str, str | Stored]
+
+
+def section(name: str, info: ModelInfo) -> slice:
+    """The rows (outputs) of one section of a fused tensor."""
+    widths = {"Q": info.n_heads * info.d_head, "K": info.n_kv_heads * info.d_head, "V": info.n_kv_heads * info.d_head}
+    order = list(widths) if name in widths else ["gate", "in"]
+    start = sum(widths.get(before, info.d_mlp) for before in order[: order.index(name)])
+    return slice(start, start + widths.get(name, info.d_mlp))
+
 
 _HEADS = ("Q", "K", "V")
 
@@ -31,18 +64,39 @@ _GGUF_EXPERTS = {
 _GGUF_ENDS = {"embed.W_E": "token_embd.weight", "ln_final.w": "output_norm.weight", "unembed.W_U": "output.weight"}
 
 _GGUF_QK_NORM = {"blocks.{}.attn.q_norm.w": "blk.{}.attn_q_norm.weight", "blocks.{}.attn.k_norm.w": "blk.{}.attn_k_norm.weight"}
+_GGUF_NORM_BIASES = {"blocks.{}.ln1.b": "blk.{}.attn_norm.bias", "blocks.{}.ln2.b": "blk.{}.ffn_norm.bias", "ln_final.b": "output_norm.bias"}
+_GGUF_POST_NORMS = {"blocks.{}.ln1_post.w": "blk.{}.post_attention_norm.weight", "blocks.{}.ln2_post.w": "blk.{}.post_ffw_norm.weight"}
+_GGUF_FUSED_QKV = {
+    f"blocks.{{}}.attn.{letter}_{x}": Stored(f"blk.{{}}.attn_qkv.{kind}", section=x) for letter, kind in (("W", "weight"), ("b", "bias")) for x in _HEADS
+}
+_GGUF_FUSED_MLP = {f"blocks.{{}}.mlp.W_{x}": Stored("blk.{}.ffn_up.weight", section=x) for x in ("gate", "in")}
 _GGUF_DENSE = {**_GGUF_ENDS, **_GGUF_BLOCK, **_GGUF_MLP}
 
+
+def _without(names: Mapping[str, str], *endings: str) -> dict[str, str]:
+    return {name: stored for name, stored in names.items() if not name.endswith(endings)}
+
+
 # Llama, Mistral and Mixtral files all carry "llama".
-GGUF_NAMES: Mapping[str, Mapping[str, str]] = {
+GGUF_NAMES: Mapping[str, Names] = {
     "llama": {**_GGUF_DENSE, **_GGUF_EXPERTS},
     "qwen2": _GGUF_DENSE,
     "qwen3": {**_GGUF_DENSE, **_GGUF_QK_NORM},
     "smollm3": _GGUF_DENSE,
+    "olmo2": {**_without(_GGUF_DENSE, "ln1.w", "ln2.w"), **_GGUF_QK_NORM, **_GGUF_POST_NORMS},
+    "gemma2": {**_GGUF_DENSE, **_GGUF_POST_NORMS},
+    "gemma3": {**_GGUF_DENSE, **_GGUF_QK_NORM, **_GGUF_POST_NORMS},
+    "qwen3moe": {**_GGUF_ENDS, **_GGUF_BLOCK, **_GGUF_QK_NORM, **_GGUF_EXPERTS},
+    "olmoe": {**_GGUF_ENDS, **_GGUF_BLOCK, **_GGUF_QK_NORM, **_GGUF_EXPERTS},
+    "phi3": {**_GGUF_DENSE, **_GGUF_FUSED_QKV, **_GGUF_FUSED_MLP},
+    "gpt2": {**_without(_GGUF_DENSE, "gate"), **_GGUF_FUSED_QKV, **_GGUF_NORM_BIASES, "pos_embed.W_pos": "position_embd.weight"},
+    "starcoder2": {**_without(_GGUF_DENSE, "gate"), **_GGUF_NORM_BIASES},
+    "stablelm": {**_GGUF_DENSE, **_GGUF_NORM_BIASES},
+    "granite": _GGUF_DENSE,
 }
 
 # GGUF architectures whose converter reorders the rows of W_Q and W_K, from RoPE pairs (i, i + d_head/2) to (2i, 2i + 1).
-ROTARY_INTERLEAVED = frozenset({"llama", "smollm3"})
+ROTARY_INTERLEAVED = frozenset({"llama", "smollm3", "granite"})
 
 _HF_BLOCK = {
     "blocks.{}.ln1.w": "model.layers.{}.input_layernorm.weight",
@@ -60,12 +114,67 @@ _HF_ENDS = {"embed.W_E": "model.embed_tokens.weight", "ln_final.w": "model.norm.
 _HF_QK_NORM = {f"blocks.{{}}.attn.{x}_norm.w": f"model.layers.{{}}.self_attn.{x}_norm.weight" for x in "qk"}
 _HF_DENSE = {**_HF_ENDS, **_HF_BLOCK, **_HF_MLP}
 
-HF_NAMES: Mapping[str, Mapping[str, str]] = {
+_HF_EXPERTS = {
+    "blocks.{}.mlp.W_router": "model.layers.{}.mlp.gate.weight",
+    **{
+        f"blocks.{{}}.mlp.experts.W_{ours}": f"model.layers.{{}}.mlp.experts.{{e}}.{theirs}_proj.weight"
+        for ours, theirs in (("gate", "gate"), ("in", "up"), ("out", "down"))
+    },
+}
+_HF_NORM_BIASES = {
+    "blocks.{}.ln1.b": "model.layers.{}.input_layernorm.bias",
+    "blocks.{}.ln2.b": "model.layers.{}.post_attention_layernorm.bias",
+    "ln_final.b": "model.norm.bias",
+}
+_HF_POST_NORMS = {"blocks.{}.ln1_post.w": "model.layers.{}.post_attention_layernorm.weight", "blocks.{}.ln2_post.w": "model.layers.{}.post_feedforward_layernorm.weight"}
+_HF_FUSED = {
+    **{f"blocks.{{}}.attn.W_{x}": Stored("model.layers.{}.self_attn.qkv_proj.weight", section=x) for x in _HEADS},
+    **{f"blocks.{{}}.mlp.W_{x}": Stored("model.layers.{}.mlp.gate_up_proj.weight", section=x) for x in ("gate", "in")},
+}
+_HF_PLAIN_MLP = {
+    f"blocks.{{}}.mlp.{letter}_{ours}": f"model.layers.{{}}.mlp.{theirs}.{kind}"
+    for letter, kind in (("W", "weight"), ("b", "bias"))
+    for ours, theirs in (("in", "c_fc"), ("out", "c_proj"))
+}
+_HF_GEMMA2_GAINS = {
+    "blocks.{}.ln1.w": "model.layers.{}.input_layernorm.weight",
+    "blocks.{}.ln2.w": "model.layers.{}.pre_feedforward_layernorm.weight",
+    "ln_final.w": "model.norm.weight",
+    **_HF_POST_NORMS,
+}
+_HF_GPT2: Names = {
+    "embed.W_E": "transformer.wte.weight",
+    "pos_embed.W_pos": "transformer.wpe.weight",
+    **{f"blocks.{{}}.ln{i}.{letter}": f"transformer.h.{{}}.ln_{i}.{kind}" for i in (1, 2) for letter, kind in (("w", "weight"), ("b", "bias"))},
+    **{f"blocks.{{}}.attn.W_{x}": Stored("transformer.h.{}.attn.c_attn.weight", section=x, transposed=True) for x in _HEADS},
+    **{f"blocks.{{}}.attn.b_{x}": Stored("transformer.h.{}.attn.c_attn.bias", section=x) for x in _HEADS},
+    "blocks.{}.attn.W_O": Stored("transformer.h.{}.attn.c_proj.weight", transposed=True),
+    "blocks.{}.attn.b_O": "transformer.h.{}.attn.c_proj.bias",
+    "blocks.{}.mlp.W_in": Stored("transformer.h.{}.mlp.c_fc.weight", transposed=True),
+    "blocks.{}.mlp.b_in": "transformer.h.{}.mlp.c_fc.bias",
+    "blocks.{}.mlp.W_out": Stored("transformer.h.{}.mlp.c_proj.weight", transposed=True),
+    "blocks.{}.mlp.b_out": "transformer.h.{}.mlp.c_proj.bias",
+    "ln_final.w": "transformer.ln_f.weight",
+    "ln_final.b": "transformer.ln_f.bias",
+    "unembed.W_U": "lm_head.weight",
+}
+
+HF_NAMES: Mapping[str, Names] = {
     "llama": _HF_DENSE,
     "mistral": _HF_DENSE,
     "qwen2": _HF_DENSE,
     "qwen3": {**_HF_DENSE, **_HF_QK_NORM},
     "smollm3": _HF_DENSE,
+    "olmo2": {**_without(_HF_DENSE, "ln1.w", "ln2.w"), **_HF_QK_NORM, **_HF_POST_NORMS},
+    "gemma2": {**_HF_DENSE, **{name: Stored(stored, plus=1.0) for name, stored in _HF_GEMMA2_GAINS.items()}},
+    "gemma3_text": {**_HF_DENSE, **{name: Stored(stored, plus=1.0) for name, stored in {**_HF_GEMMA2_GAINS, **_HF_QK_NORM}.items()}},
+    "qwen3_moe": {**_HF_ENDS, **_HF_BLOCK, **_HF_QK_NORM, **_HF_EXPERTS},
+    "olmoe": {**_HF_ENDS, **_HF_BLOCK, **_HF_QK_NORM, **_HF_EXPERTS},
+    "phi3": {**_HF_DENSE, **_HF_FUSED},
+    "gpt2": _HF_GPT2,
+    "starcoder2": {**_HF_ENDS, **_HF_BLOCK, **_HF_PLAIN_MLP, **_HF_NORM_BIASES},
+    "stablelm": {**_HF_DENSE, **_HF_NORM_BIASES},
+    "granite": _HF_DENSE,
     "mixtral": {
         **_HF_ENDS,
         **_HF_BLOCK,

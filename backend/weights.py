@@ -7,8 +7,10 @@
 
 Canonical names follow TransformerLens: embed.W_E, blocks.L.ln1.w, blocks.L.attn.W_Q/W_K/W_V/W_O (biases b_Q, ...), blocks.L.ln2.w,
 blocks.L.mlp.W_gate/W_in/W_out, blocks.L.mlp.W_router, blocks.L.mlp.experts.W_gate/W_in/W_out (expert, out, in), ln_final.w, unembed.W_U.
+Where an architecture has them: biases of norms (ln1.b, ...), attn.q_norm.w and k_norm.w, ln1_post.w and ln2_post.w, pos_embed.W_pos.
 Under them both formats give the same numbers: rows that the converter to GGUF reordered for RoPE stand in the checkpoint's order
-again. The file's own names are accepted as well and give the tensor as it is stored. Tied embeddings appear under both names.
+again, fused matrices are taken apart, and a norm's w is what it multiplies with, also where the checkpoint keeps w - 1. The file's own
+names are accepted as well and give the tensor as it is stored. Tied embeddings appear under both names.
 
 Files are read with pread and never mapped, so a file that shrinks meanwhile is an error and not a crash.
 """
@@ -18,7 +20,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,7 +31,7 @@ from backend.errors import LayerscopeError
 from backend.gguf_header import GgufHeader, model_info, read_header
 from backend.hf_config import TensorEntry, check_folder
 from backend.model_info import ModelInfo
-from backend.weight_names import GGUF_NAMES, HF_NAMES, ROTARY_INTERLEAVED
+from backend.weight_names import GGUF_NAMES, HF_NAMES, ROTARY_INTERLEAVED, Names, Stored, section
 
 _FLOATS: dict[str, type[np.generic]] = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
 
@@ -92,10 +94,21 @@ class _StackedRows:
 
 
 @dataclass(frozen=True)
+class _Columns:
+    """The columns of a stored matrix, for tensors that lie (in, out). All of it is read whichever of them are asked for."""
+
+    stored: _Rows
+    n_rows: int
+
+    def read(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        return np.ascontiguousarray(self.stored.read(np.arange(self.n_rows, dtype=np.int64))[:, rows].T)
+
+
+@dataclass(frozen=True)
 class Weight:
     """One tensor, not read yet. Indexing gives float32; ints, slices, an ellipsis and one list of ints are understood.
 
-    `row_order[i]` is the stored row that is row i here. `native`: the file's own name or names.
+    `row_order[i]` is the stored row that is row i here. `plus` is added to what is stored. `native`: the file's own name or names.
     """
 
     name: str
@@ -105,6 +118,7 @@ class Weight:
     nbytes: int
     rows: _Rows
     row_order: NDArray[np.int64] | None = None
+    plus: float = 0.0
 
     @property
     def ndim(self) -> int:
@@ -115,7 +129,10 @@ class Weight:
         return math.prod(self.shape)
 
     def __getitem__(self, key: Any) -> NDArray[np.float32]:
-        index = _full_index(key, self.shape)
+        values = self._stored(_full_index(key, self.shape))
+        return values + np.float32(self.plus) if self.plus else values
+
+    def _stored(self, index: tuple[Any, ...]) -> NDArray[np.float32]:
         if self.ndim == 1:
             values = self.rows.read(np.zeros(1, np.int64))[0]
             return values[index[0]] if self.row_order is None else values[self.row_order][index[0]]
@@ -177,12 +194,12 @@ def _open_gguf(path: Path, header: GgufHeader, info: ModelInfo) -> Weights:
     names = GGUF_NAMES.get(info.architecture, {})
     canonical: dict[str, Weight] = {}
     for name, stored in _by_layer(names, info.n_layers):
-        weight = native.get(stored)
+        weight = native.get(stored.name)
         if weight is None and name == "unembed.W_U":
-            weight = native.get(names["embed.W_E"])
+            weight = native.get(_stored_name(names, "embed.W_E"))
         if weight is not None:
             order = _row_order(name, weight.shape[0], info) if info.architecture in ROTARY_INTERLEAVED else None
-            canonical[name] = Weight(name, weight.native, weight.shape, weight.dtype, weight.nbytes, weight.rows, order)
+            canonical[name] = _canonical(name, weight, stored, info) if order is None else replace(weight, name=name, row_order=order)
     return Weights(info, canonical, native)
 
 
@@ -208,14 +225,32 @@ def _open_folder(path: Path) -> Weights:
     names = HF_NAMES[info.architecture]
     canonical: dict[str, Weight] = {}
     for name, stored in _by_layer(names, info.n_layers):
-        weight = native.get(stored)
-        if weight is None and name == "unembed.W_U" and folder.config.get("tie_word_embeddings"):
-            weight = native.get(names["embed.W_E"])
-        if weight is None and "{e}" in stored:
-            weight = _stack([native[one] for e in range(info.n_experts) if (one := stored.replace("{e}", str(e))) in native], info, name)
+        weight = _in_folder(native, stored.name)
+        if weight is None and name == "unembed.W_U" and folder.config.get("tie_word_embeddings", folder.keys.tied):
+            weight = _in_folder(native, _stored_name(names, "embed.W_E"))
+        if weight is None and "{e}" in stored.name:
+            weight = _stack([native[one] for e in range(info.n_experts) if (one := stored.name.replace("{e}", str(e))) in native], info, name)
         if weight is not None:
-            canonical[name] = Weight(name, weight.native, weight.shape, weight.dtype, weight.nbytes, weight.rows)
+            canonical[name] = _canonical(name, weight, stored, info)
     return Weights(info, canonical, native)
+
+
+def _in_folder(native: Mapping[str, Weight], name: str) -> Weight | None:
+    """A checkpoint that was saved without its output matrix leaves out the first part of every name."""
+    return native.get(name) or native.get(name.partition(".")[2])
+
+
+def _canonical(name: str, weight: Weight, stored: Stored, info: ModelInfo) -> Weight:
+    """The canonical weight inside a stored tensor."""
+    shape, rows = weight.shape, weight.rows
+    if stored.transposed:
+        shape, rows = shape[::-1], _Columns(rows, shape[0])
+    if not stored.section:
+        return replace(weight, name=name, shape=shape, rows=rows, plus=stored.plus)
+    taken = section(stored.section, info)
+    order = np.arange(taken.start, taken.stop, dtype=np.int64)
+    nbytes = weight.nbytes // shape[0] * len(order)
+    return replace(weight, name=name, shape=(len(order), *shape[1:]), rows=rows, nbytes=nbytes, row_order=order, plus=stored.plus)
 
 
 def _safetensors_weight(shard: Path, name: str, entry: TensorEntry) -> Weight:
@@ -236,17 +271,24 @@ def _stack(parts: Sequence[Weight], info: ModelInfo, name: str) -> Weight | None
     return Weight(name, tuple(part.name for part in parts), (len(parts), *first.shape), first.dtype, sum(part.nbytes for part in parts), rows)
 
 
-def _by_layer(names: Mapping[str, str], n_layers: int) -> Iterator[tuple[str, str]]:
-    """(canonical, stored) names with the layers filled in, in the order of a forward pass."""
-    blocks = {name: stored for name, stored in names.items() if name.startswith("blocks.")}
-    if "embed.W_E" in names:
-        yield "embed.W_E", names["embed.W_E"]
+def _stored_name(names: Names, name: str) -> str:
+    stored = names[name]
+    return stored.name if isinstance(stored, Stored) else stored
+
+
+def _by_layer(names: Names, n_layers: int) -> Iterator[tuple[str, Stored]]:
+    """(canonical name, where it is stored) with the layers filled in, in the order of a forward pass."""
+    every = {name: stored if isinstance(stored, Stored) else Stored(stored) for name, stored in names.items()}
+    for name in ("embed.W_E", "pos_embed.W_pos"):
+        if name in every:
+            yield name, every[name]
     for layer in range(n_layers):
-        for name, stored in blocks.items():
-            yield name.replace("{}", str(layer)), stored.replace("{}", str(layer))
-    for name in ("ln_final.w", "unembed.W_U"):
-        if name in names:
-            yield name, names[name]
+        for name, stored in every.items():
+            if name.startswith("blocks."):
+                yield name.replace("{}", str(layer)), replace(stored, name=stored.name.replace("{}", str(layer)))
+    for name in ("ln_final.w", "ln_final.b", "unembed.W_U"):
+        if name in every:
+            yield name, every[name]
 
 
 def _full_index(key: Any, shape: tuple[int, ...]) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ converter does to the numbers (a gain of 1 + w, transposed or reordered matrices
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,10 +46,33 @@ class Row:
 
 
 _RMS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
+_EXPERTS = {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
+_WINDOW = {"attention.sliding_window": "sliding_window"}
 ROWS: Mapping[str, Row] = {
     "qwen2": Row(gguf.MODEL_ARCH.QWEN2, _RMS),
     "qwen3": Row(gguf.MODEL_ARCH.QWEN3, _RMS),
     "smollm3": Row(gguf.MODEL_ARCH.SMOLLM3, _RMS, _rotary_pairs),
+    "olmo2": Row(gguf.MODEL_ARCH.OLMO2, _RMS),
+    "gemma2": Row(
+        gguf.MODEL_ARCH.GEMMA2,
+        {**_RMS, "attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping", **_WINDOW},
+        _gain_is_one_plus,
+    ),
+    "gemma3_text": Row(gguf.MODEL_ARCH.GEMMA3, {**_RMS, **_WINDOW}, _gain_is_one_plus),
+    "qwen3_moe": Row(gguf.MODEL_ARCH.QWEN3MOE, {**_RMS, **_EXPERTS, "expert_feed_forward_length": "moe_intermediate_size"}),
+    "olmoe": Row(gguf.MODEL_ARCH.OLMOE, {**_RMS, **_EXPERTS}),
+    "phi3": Row(gguf.MODEL_ARCH.PHI3, {**_RMS, "rope.scaling.original_context_length": "original_max_position_embeddings"}),
+    "gpt2": Row(gguf.MODEL_ARCH.GPT2, {"attention.layer_norm_epsilon": "layer_norm_epsilon"}, _transposed),
+    "starcoder2": Row(gguf.MODEL_ARCH.STARCODER2, {"attention.layer_norm_epsilon": "norm_epsilon"}),
+    "granite": Row(
+        gguf.MODEL_ARCH.GRANITE,
+        {
+            **_RMS, "attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier",
+            "residual_scale": "residual_multiplier", "logit_scale": "logits_scaling",
+        },
+        _rotary_pairs,
+    ),
+    "stablelm": Row(gguf.MODEL_ARCH.STABLELM, {"attention.layer_norm_epsilon": "layer_norm_eps"}),
 }
 
 
@@ -59,7 +83,7 @@ def write_f32(folder: Path, out: Path) -> None:
     config = AutoConfig.from_pretrained(folder)
     row = ROWS[config.model_type]
     writer = gguf.GGUFWriter(out, gguf.MODEL_ARCH_NAMES[row.architecture])
-    writer.add_name(folder.name)
+    writer.add_name("a tiny random model")  # llama.cpp looks for special tokens of its own where "phi3" is in the name
     writer.add_file_type(gguf.LlamaFileType.ALL_F32)
     _add_sizes(writer, config)
     for key, attribute in row.keys.items():
@@ -77,13 +101,14 @@ def write_f32(folder: Path, out: Path) -> None:
 def _add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
     d_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)  # where windowed layers have a frequency of their own, it is llama.cpp's default
     writer.add_context_length(config.max_position_embeddings)
     writer.add_vocab_size(config.vocab_size)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    writer.add_feed_forward_length(getattr(config, "intermediate_size", None) or config.n_inner)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(getattr(config, "num_key_value_heads", config.num_attention_heads))
+    writer.add_head_count_kv(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     writer.add_key_length(d_head)
     writer.add_value_length(d_head)
     writer.add_rope_dimension_count(int(d_head * rope.get("partial_rotary_factor", 1.0)))
@@ -92,9 +117,22 @@ def _add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
 
 def _tensors(folder: Path, config: Any, row: Row) -> Iterator[tuple[str, Array]]:
     names = gguf.get_tensor_name_map(row.architecture, config.num_hidden_layers)
-    for name, values in _read_safetensors(folder).items():
+    for name, values in _with_experts_stacked(_read_safetensors(folder)).items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert stored is not None, name
         yield stored, row.change(name, values, config)
+
+
+def _with_experts_stacked(tensors: dict[str, Array]) -> dict[str, Array]:
+    """The experts of a layer as one tensor (expert, out, in)."""
+    stacked: dict[str, Array] = {}
+    experts: dict[str, dict[int, Array]] = {}
+    for name, values in tensors.items():
+        match = re.fullmatch(r"(.+\.experts)\.(\d+)\.(.+)", name)
+        if match:
+            experts.setdefault(f"{match[1]}.{match[3]}", {})[int(match[2])] = values
+        else:
+            stacked[name] = values
+    return stacked | {name: np.stack([parts[i] for i in range(len(parts))]) for name, parts in experts.items()}

@@ -4,14 +4,19 @@ site in both engines, with the same edits too. A wrong name, layer, head order, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from backend.engines import Engine, OpenOptions, Sampling, open_engine
+from backend import hf_config
+from backend.analysis.identities import Identities
+from backend.engines import Engine, OpenOptions, Piece, Request, Sampling, open_engine
+from backend.experiments.capture import _weight_or_none
 from backend.intervention import Intervention
+from backend.weights import open_weights
 from tests.test_hf_engine import capture
 from tests.tiny_models import TinyModel
 
@@ -19,7 +24,7 @@ IDS = [0, 290, 284, 280, 306, 275, 31, 290, 284, 77, 255, 12, 9, 9]
 NMSE = 1e-6  # llama.cpp's check-nmse.py calls this identical
 
 
-KINDS = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "smollm3")
+KINDS = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "smollm3", "olmo2", "gemma2", "gemma3_text", "qwen3_moe", "olmoe", "phi3", "gpt2", "starcoder2", "stablelm", "granite")
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -45,6 +50,11 @@ def nmse(actual: NDArray[Any], expected: NDArray[Any]) -> float:
     return float(((a - b) ** 2).mean() / (b**2).mean())
 
 
+def test_every_architecture_is_held_to_the_contract() -> None:
+    header = (Path(__file__).parent.parent / "docs" / "architectures.md").read_text().split("| site | ")[1].splitlines()[0]
+    assert set(KINDS) == set(hf_config.ARCHITECTURES) == set(header.removesuffix(" |").split(" | "))
+
+
 def test_both_engines_offer_the_same_sites(pair: tuple[Engine, Engine]) -> None:
     assert pair[0].sites == pair[1].sites
 
@@ -60,14 +70,14 @@ def test_the_same_weights_give_the_same_value_at_every_site(pair: tuple[Engine, 
 def test_the_comparison_would_notice_a_wrong_layer_head_or_row(pair: tuple[Engine, Engine]) -> None:
     """Negative controls: the neighbouring layer, transposed heads and a shifted position all exceed the limit by far."""
     values = capture(pair[0], IDS)
-    for site in ("resid_post", "q", "rot_k", "z", "attn_pattern"):
+    for site in {"resid_post", "q", "k", "rot_k", "z", "attn_pattern"} & pair[0].sites:
         assert nmse(values[site, 1], values[site, 0]) > 1e-3
         assert nmse(np.flip(values[site, 1], axis=0 if site == "attn_pattern" else 1), values[site, 1]) > 1e-3
     assert nmse(np.roll(values["resid_post", 1], 1, axis=0), values["resid_post", 1]) > 1e-3
 
 
 EDITS = [
-    Intervention("embed", None, "add", 0.5, pos=3),
+    Intervention("embed", None, "add", np.linspace(-1, 2, 64), pos=3),  # the same added to all would be nothing to a LayerNorm
     Intervention("ln1_out", 0, "scale", 1.5, pos=(2, 4)),
     Intervention("q", 1, "add", np.linspace(-1, 1, 16), head=1),
     Intervention("k", 1, "add", 0.7, head=1, pos=3),
@@ -80,7 +90,7 @@ EDITS = [
     Intervention("z", 1, "zero", head=1),
     Intervention("attn_out", 2, "mean"),
     Intervention("resid_mid", 1, "set", 0.25, pos=-1),
-    Intervention("resid_pre", 1, "add", 0.3, pos=2),
+    Intervention("resid_pre", 1, "add", np.linspace(1, -2, 64), pos=2),
     Intervention("ln2_out", 0, "noise", 0.1, seed=5),
     Intervention("mlp_out", 1, "zero"),
     Intervention("resid_post", 0, "add", np.linspace(-2, 2, 64), pos=-2),
@@ -106,6 +116,20 @@ def test_the_same_edit_gives_the_same_answer(pair: tuple[Engine, Engine], edit: 
     assert {key: error for key in hf if (error := nmse(gguf[key], hf[key])) > NMSE} == {}
 
 
+def test_the_identities_of_a_transformer_hold_in_both_engines(pair: tuple[Engine, Engine]) -> None:
+    for engine in pair:
+        checks = Identities(engine.info, _weight_or_none(engine), engine.unembed)
+
+        def check(piece: Piece, checks: Identities = checks) -> None:
+            checks.add(piece.site, piece.layer, piece.values, piece.start)
+
+        engine.run(IDS, Request(tuple(engine.sites)), check)
+        report = checks.report()
+        assert {name: entry for name, entry in report.items() if not entry["ok"]} == {}
+        for name in ("attn_sum", "mlp_sum", "pattern_rows", "unembed"):
+            assert report[name]["checked"] >= 1, name
+
+
 def test_both_engines_generate_the_same_tokens(pair: tuple[Engine, Engine]) -> None:
     edits = (Intervention("resid_post", 1, "scale", 0.5, pos=(2, 3)),)
     for given in ((), edits):
@@ -116,10 +140,11 @@ def test_both_engines_generate_the_same_tokens(pair: tuple[Engine, Engine]) -> N
 def test_both_engines_unembed_and_hand_out_weights_alike(pair: tuple[Engine, Engine]) -> None:
     resid = capture(pair[0], IDS, ("resid_post",))["resid_post", 1]
     assert nmse(pair[1].unembed(resid), pair[0].unembed(resid)) < NMSE
-    names = ["embed.W_E", "unembed.W_U", "ln_final.w", "blocks.1.ln1.w", "blocks.2.ln2.w", *(f"blocks.1.attn.W_{x}" for x in "QKVO")]
-    mlp = ("W_router", "experts.W_gate", "experts.W_in", "experts.W_out") if pair[0].info.is_moe else ("W_gate", "W_in", "W_out")
-    for name in (*names, *(f"blocks.1.mlp.{x}" for x in mlp)):
+    folder, file = (open_weights(engine.info.source) for engine in pair)
+    assert set(folder) == set(file) and len(file) > 9 * pair[0].info.n_layers
+    for name in file:
         assert np.array_equal(pair[1].weight(name), pair[0].weight(name)), name
+        assert np.array_equal(folder[name], file[name]), name
 
 
 @pytest.mark.parametrize("text", ["The capital of France is", "a</s>b", "naïve \u20ac 5\n\tx = 1", ""])

@@ -515,11 +515,11 @@ def test_an_unnamed_product_is_found_by_its_weight(tiny_llama: TinyModel, llama:
 def test_the_last_node_that_fits_holds_the_site() -> None:
     ops = {op_name(op): op for op in range(90)}
     nodes = [
-        SeenNode("ffn_moe_weights-2", ops["GET_ROWS"], "", 1.0),
-        SeenNode("Qcur-2", ops["MUL_MAT"], "blk.2.attn_q.weight", 1.0),
-        SeenNode("Qcur-2", ops["RESHAPE"], "Qcur-2", 1.0),
-        SeenNode("Qcur-2", ops["ROPE"], "Qcur-2", 1.0),
-        SeenNode("ffn_moe_weights_norm-2", ops["DIV"], "", 1.0),
+        SeenNode("ffn_moe_weights-2", ops["GET_ROWS"], (), 1.0),
+        SeenNode("Qcur-2", ops["MUL_MAT"], ("blk.2.attn_q.weight",), 1.0),
+        SeenNode("Qcur-2", ops["RESHAPE"], ("Qcur-2",), 1.0),
+        SeenNode("Qcur-2", ops["ROPE"], ("Qcur-2",), 1.0),
+        SeenNode("ffn_moe_weights_norm-2", ops["DIV"], (), 1.0),
     ]
     table = Architecture((Node("q", "Qcur", "RESHAPE"), Node("rot_q", "Qcur", "ROPE"), Node("expert_weights", "ffn_moe_weights"), Node("expert_weights", "ffn_moe_weights_norm")))
     places = find_places(table, nodes)

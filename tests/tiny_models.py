@@ -48,6 +48,24 @@ _KINDS: dict[str, dict[str, Any]] = {
     "qwen2": {"intermediate_size": 96},
     "qwen3": {"intermediate_size": 96, "head_dim": 24},
     "smollm3": {"intermediate_size": 96, "num_hidden_layers": 5, "pad_token_id": None},  # layer 3 has no rotary embedding
+    "olmo2": {"intermediate_size": 96, "pad_token_id": None},
+    "gemma2": {  # windows shorter than the prompts of the tests, caps that bend scores and logits
+        "intermediate_size": 96, "head_dim": 24, "query_pre_attn_scalar": 24, "sliding_window": 8, "attn_logit_softcapping": 3.0,
+        "final_logit_softcapping": 4.0, "tie_word_embeddings": True, "pad_token_id": None, "hidden_activation": "gelu_pytorch_tanh",
+    },
+    "gemma3_text": {
+        "intermediate_size": 96, "head_dim": 24, "query_pre_attn_scalar": 24, "sliding_window": 8, "num_hidden_layers": 6, "tie_word_embeddings": True,
+        "pad_token_id": None,
+    },
+    "qwen3_moe": {"intermediate_size": 96, "moe_intermediate_size": 48, "head_dim": 24, "num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": True},
+    "olmoe": {"num_key_value_heads": 4, "intermediate_size": 48, "num_experts": 5, "num_experts_per_tok": 2, "pad_token_id": None},
+    "phi3": {"intermediate_size": 96, "original_max_position_embeddings": 1024, "sliding_window": None, "pad_token_id": None},
+    "gpt2": {"n_inner": 112, "num_key_value_heads": None, "tie_word_embeddings": True, "layer_norm_epsilon": 1e-4},
+    "starcoder2": {"intermediate_size": 96, "sliding_window": None, "norm_epsilon": 1e-4, "use_bias": True, "tie_word_embeddings": True},
+    "granite": {
+        "intermediate_size": 96, "attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.6, "logits_scaling": 2.5,
+    },
+    "stablelm": {"intermediate_size": 96, "use_qkv_bias": True, "layer_norm_eps": 1e-4, "partial_rotary_factor": 0.5},
 }
 
 
@@ -61,8 +79,9 @@ def save_tiny(kind: str, folder: Path, **changes: Any) -> TinyModel:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**_COMMON, **_KINDS[kind], **changes}), dtype=torch.float32)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                parameter.normal_(std=1.4 * parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3)
-                if name.endswith("norm.weight"):
+                fan_in = parameter.shape[0 if kind == "gpt2" and ".h." in name else -1]  # GPT-2's matrices lie (in, out)
+                parameter.normal_(std=1.4 * fan_in**-0.5 if parameter.dim() > 1 else 0.3)
+                if parameter.dim() == 1 and name.endswith(".weight") and not kind.startswith("gemma"):  # Gemma multiplies with 1 + w
                     parameter.add_(1.0)
     model.save_pretrained(folder)
     save_tokenizer(folder)

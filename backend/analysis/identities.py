@@ -64,6 +64,7 @@ _IGNORED_INFINITE = ("attn_scores",)  # masked scores are -inf by definition
 # Facts of architectures, by llama.cpp's and transformers' names.
 _SINKS = ("gpt-oss", "gpt_oss", "openai-moe")
 _NORM_AFTER_W_O = ("gemma2", "gemma3", "gemma3_text", "gemma3n", "gemma4", "olmo2", "olmo3", "glm4")
+_SCALED_AFTER_W_O = ("granite", "granitemoe")
 _GROUPED_OR_BIASED_ROUTER = ("deepseek2", "deepseek_v2", "deepseek_v3", "glm4_moe", "glm4moe", "llama4", "llama4_text", "gpt_oss", "gpt-oss")
 
 
@@ -212,6 +213,8 @@ class Identities:
             "attn_projection": "this architecture norms the attention output after W_O" if self._info.architecture in _NORM_AFTER_W_O else "",
             "router_top_k": "this architecture groups or biases its router" if self._info.architecture in _GROUPED_OR_BIASED_ROUTER else "",
         }.get(name, "")
+        if name == "attn_projection" and self._info.architecture in _SCALED_AFTER_W_O:
+            reason = "this architecture scales the attention output after W_O"
         if name == "expert_weights" and self._info.architecture in _GROUPED_OR_BIASED_ROUTER:
             reason = "this architecture groups or biases its router"
         if reason:

@@ -52,6 +52,9 @@ class GgufEngine:
         header = read_header(path)
         info = model_info(path, header)
         self._table = architecture(info.architecture, path.name)
+        self._divisor, self._softcap = (
+            float(header.metadata.get(f"{info.architecture}.{key}", 0.0)) for key in (self._table.logit_divisor, self._table.logit_softcap)
+        )
         if "tokenizer.ggml.tokens" not in header.metadata:
             raise LayerscopeError(f"{path.name} holds no tokenizer (tokenizer.ggml.tokens is missing).")
         self._options, self._n_ubatch = options, n_ubatch
@@ -120,13 +123,22 @@ class GgufEngine:
             self._step(context, new[-1:], tap, start=len(ids) + len(new) - 1, all_outputs=False)
 
     def unembed(self, resid: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Final RMS norm (Zhang & Sennrich, arXiv:1910.07467), then W_U, in float32: resid (..., d_model) -> logits (..., d_vocab).
+        """Final norm, then W_U, in float32: resid (..., d_model) -> logits (..., d_vocab), any soft-cap included.
 
+        RMS norm: Zhang & Sennrich, arXiv:1910.07467; LayerNorm: Ba et al., arXiv:1607.06450.
         llama.cpp's kernels round activations to 8 bits where W_U is quantized, so its own logits differ by that rounding.
         """
         rows = np.asarray(resid, np.float32)
+        if self._table.norm == "layer":
+            rows = rows - rows.mean(axis=-1, keepdims=True)
         scale = np.sqrt(np.mean(np.square(rows), axis=-1, keepdims=True, dtype=np.float64) + self.info.norm_eps)
         normed = (rows / scale).astype(np.float32) * self._weights["ln_final.w"]
+        if "ln_final.b" in self._weights:
+            normed = normed + self._weights["ln_final.b"]
+        logits = self._times_unembed(normed) / np.float32(self._divisor or 1.0)
+        return np.asarray(self._softcap * np.tanh(logits / self._softcap), np.float32) if self._softcap else logits
+
+    def _times_unembed(self, normed: NDArray[np.float32]) -> NDArray[np.float32]:
         w_u = self._weights.lazy("unembed.W_U")
         if self._unembed is None and 4 * w_u.size <= _CACHED_UNEMBED_BYTES:
             self._unembed = w_u[:]
@@ -178,7 +190,7 @@ class GgufEngine:
             if (site, layer) not in self._places:
                 at = "" if layer is None else f" in layer {layer}"
                 raise LayerscopeError(f"{self.info.name} ({self.info.architecture}) has no site {site!r}{at} to edit.")
-        return Tap(self.info, self.info.architecture in ROTARY_INTERLEAVED, request, sink, by_place, should_stop, n_tokens)
+        return Tap(self.info, self.info.architecture in ROTARY_INTERLEAVED, self._table.window_period, request, sink, by_place, should_stop, n_tokens)
 
     def _stops(self, tap: Tap) -> Iterable[Place]:
         asks_at_layers = tap.should_stop is not never_stop

@@ -31,6 +31,7 @@ class Place:
     op: int
     weight: str = ""
     scale: float = 1.0
+    part: tuple[int, int] | tuple[()] = ()
 
     @property
     def source(self) -> str:
@@ -43,34 +44,46 @@ class SeenNode:
 
     name: str
     op: int
-    first_source: str
+    operands: tuple[str, ...]
     scale: float
 
     @classmethod
     def of(cls, tensor: Tensor) -> SeenNode:
         op = op_name(tensor.op)
-        first = tensor.src[0].contents.name.decode("utf-8", "replace") if tensor.src[0] else ""
-        return cls(tensor.name.decode("utf-8", "replace"), tensor.op, first, scale_of_soft_max(tensor) if op == "SOFT_MAX" else 1.0)
+        operands = tuple(name.decode("utf-8", "replace") for name in _operands(tensor, op))
+        return cls(tensor.name.decode("utf-8", "replace"), tensor.op, operands, scale_of_soft_max(tensor) if op == "SOFT_MAX" else 1.0)
+
+
+def _operands(tensor: Tensor, op: str) -> list[bytes]:
+    """Names of what a node takes, and of the weight of the product that an ADD takes; the last layer selects rows in between."""
+    sources = [source.contents for source in tensor.src[:2] if source]
+    if sources and op_name(sources[0].op) == "GET_ROWS":
+        sources[0] = sources[0].src[0].contents
+    if op == "ADD" and op_name(sources[0].op) == "MUL_MAT":
+        sources.append(sources[0].src[0].contents)
+    return [source.name for source in sources]
 
 
 def find_places(table: Architecture, nodes: Iterable[SeenNode]) -> dict[Where, Place]:
     """The last node in graph order that fits a row of the table, for every site and layer. What does not fit does not exist here."""
     by_name: dict[str, list[Node]] = {}
-    by_weight = {row.weight: row for row in table.nodes if row.weight}
+    by_weight: dict[str, list[Node]] = {}
     for row in table.nodes:
-        if not row.weight:
-            by_name.setdefault(row.name, []).append(row)
+        by, key = (by_weight, row.weight) if row.weight else (by_name, row.name)
+        by.setdefault(key, []).append(row)
     places: dict[Where, Place] = {}
     scales: dict[int | None, float] = {}
     for node in nodes:
         name, layer = _split(node.name)
-        weight = re.fullmatch(r"blk\.(\d+)\.(.+)", node.first_source)
-        product = by_weight.get(weight[2]) if weight else None
-        if weight and product and product.op == op_name(node.op):
-            places[product.site, int(weight[1])] = Place(product.site, int(weight[1]), "", node.op, node.first_source)
+        op = op_name(node.op)
+        for operand in node.operands:
+            weight, at = _split(operand)
+            for row in by_weight.get(weight, ()) if at is not None else ():
+                if row.op == op:
+                    places[row.site, at] = Place(row.site, at, "", node.op, operand, part=row.part)
         for row in by_name.get(name, ()):
-            if row.op in ("", op_name(node.op)):
-                places[row.site, layer] = Place(row.site, layer, node.name, node.op)
+            if row.op in ("", op):
+                places[row.site, layer] = Place(row.site, layer, node.name, node.op, part=row.part)
         if name == "kq_soft_max":
             scales[layer] = node.scale
     for (site, layer), place in places.items():
@@ -80,7 +93,10 @@ def find_places(table: Architecture, nodes: Iterable[SeenNode]) -> dict[Where, P
 
 
 def _split(name: str) -> tuple[str, int | None]:
-    """From "kq-3" to ("kq", 3); a name without a layer keeps None."""
+    """From "kq-3" to ("kq", 3) and from "blk.3.attn_q.weight" to ("attn_q.weight", 3); a name without a layer keeps None."""
+    weight = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
+    if weight:
+        return weight[2], int(weight[1])
     match = re.fullmatch(r"(.+)-(\d+)", name)
     return (match[1], int(match[2])) if match else (name, None)
 
@@ -102,6 +118,7 @@ class Watch:
         """Want no node."""
         self._by_name: dict[bytes, dict[int, list[Place]]] = {}
         self._by_weight: dict[bytes, list[Place]] = {}
+        self._weight_ops: set[int] = set()
         self._visit: Callable[[Tensor, Place], None] | None = None
         self._recorded: list[SeenNode] | None = None
 
@@ -112,6 +129,7 @@ class Watch:
         for place in places:
             if place.weight:
                 self._by_weight.setdefault(place.weight.encode(), []).append(place)
+                self._weight_ops.add(place.op)
             else:
                 self._by_name.setdefault(place.name.encode(), {}).setdefault(place.op, []).append(place)
 
@@ -146,11 +164,11 @@ class Watch:
 
     def _places_of(self, address: int) -> Sequence[Place]:
         """One look-up: this runs for every node of the graph. A node can hold two sites, in the order of the table."""
+        op = ctypes.c_int.from_address(address + OP_OFFSET).value
         ops = self._by_name.get(ctypes.string_at(address + NAME_OFFSET))
         if ops is not None:
-            return ops.get(ctypes.c_int.from_address(address + OP_OFFSET).value, ())
-        if not self._by_weight:
+            return ops.get(op, ())
+        if op not in self._weight_ops:
             return ()
-        tensor = Tensor.from_address(address)
-        places = self._by_weight.get(tensor.src[0].contents.name, ()) if tensor.src[0] else ()
-        return [place for place in places if place.op == tensor.op]
+        operands = _operands(Tensor.from_address(address), op_name(op))
+        return [place for name in operands for place in self._by_weight.get(name, ()) if place.op == op]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from backend.errors import LayerscopeError
 
@@ -19,20 +20,33 @@ class Node:
 
     name    ggml's name without "-L"; empty: the node has no name of its own
     op      ggml's op; empty: any
-    weight  in place of a name: the weight that an op multiplies with, without "blk.L."; `op` is needed then
+    weight  in place of a name: a weight or bias that an op takes, without "blk.L.", or a named node without "-L"; `op` is needed
+            then. An ADD also takes the weight of the product that it adds
+    part    (i, n): the i-th of n equal parts of the last axis; empty: all of it
     """
 
     site: str
     name: str = ""
     op: str = ""
     weight: str = ""
+    part: tuple[int, int] | tuple[()] = ()
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the engine must know of one architecture beyond its header."""
+    """What the engine must know of one architecture beyond its header.
+
+    norm             of the residual stream: RMS norm, or LayerNorm with a bias
+    logit_divisor    metadata key, without the architecture, of what logits are divided by
+    logit_softcap    likewise of the cap c in c tanh(logits / c)
+    window_period    layers l with l % period != period - 1 see a sliding window only; 0: no layer does
+    """
 
     nodes: tuple[Node, ...]
+    norm: Literal["rms", "layer"] = "rms"
+    logit_divisor: str = ""
+    logit_softcap: str = ""
+    window_period: int = 0
 
 
 _EMBEDDING = (Node("embed", "embd", "GET_ROWS"),)
@@ -72,6 +86,24 @@ _OUTPUT = (Node("ln_final_out", "result_norm"), Node("logits", "result_output"))
 
 # Some layers may turn nothing (SmolLM3): there the projection itself is what attention gets. Elsewhere the rotation comes later.
 _UNROTATED = (Node("rot_q", "Qcur", "RESHAPE"), Node("rot_k", "Kcur", "RESHAPE"))
+# RMS norm of all heads together before the heads are split (OLMo 2): the projection is a plain product.
+_WIDE_QK = (Node("q", "Qcur", "MUL_MAT"), Node("k", "Kcur", "MUL_MAT"))
+_FUSED_QKV = (Node("q", "Qcur", "VIEW"), Node("k", "Kcur", "VIEW"), Node("v", "Vcur", "VIEW"))
+# What a norm makes of the output of attention and MLP is what enters the residual stream. The second carries no layer in its name.
+_POST_NORMS = (Node("attn_out", "attn_post_norm"), Node("mlp_out", weight="post_ffw_norm.weight", op="MUL"))
+_SOFTCAP = (Node("attn_scores", "kq_scaled_2", "SCALE"),)
+_ATTENTION_OUT_BIAS = (Node("attn_out", weight="attn_output.bias", op="ADD"),)
+_UNGATED_MLP = (
+    Node("resid_mid", "ffn_inp"),
+    Node("ln2_out", "ffn_norm"),
+    Node("mlp_pre", "ffn_up"),
+    Node("mlp_pre", "ffn_up_b"),
+    Node("mlp_post", "ffn_gelu"),
+    Node("mlp_out", "ffn_out"),
+    Node("resid_post", "l_out"),
+)
+_SCALED = (Node("embed", "embd", "SCALE"), Node("attn_out", weight="attn_out", op="SCALE"), Node("mlp_out", weight="ffn_out", op="SCALE"))
+_FUSED_MLP = (Node("mlp_pre", "ffn_up", part=(0, 2)), Node("mlp_pre_linear", "ffn_up", part=(1, 2)))
 _DENSE = _EMBEDDING + _ATTENTION + _ATTENTION_OUT + _MLP + _OUTPUT
 
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -80,6 +112,27 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen2": Architecture(_DENSE),
     "qwen3": Architecture(_DENSE),
     "smollm3": Architecture(_DENSE + _UNROTATED),
+    "olmo2": Architecture(_DENSE + _WIDE_QK + _POST_NORMS),
+    "gemma2": Architecture(
+        (*_DENSE, *_SOFTCAP, *_POST_NORMS, Node("embed", "inp_scaled"), Node("resid_mid", "sa_out"), Node("mlp_post", "ffn_geglu")),
+        logit_softcap="final_logit_softcapping",
+        window_period=2,
+    ),
+    "gemma3": Architecture(
+        (*_DENSE, *_POST_NORMS, Node("embed", "inp_scaled"), Node("resid_mid", "sa_out"), Node("mlp_post", "ffn_geglu")),
+        logit_softcap="final_logit_softcapping",
+        window_period=6,
+    ),
+    "qwen3moe": Architecture(_EMBEDDING + _ATTENTION + _ATTENTION_OUT + _MLP + _EXPERTS + _OUTPUT),
+    "olmoe": Architecture(_EMBEDDING + _ATTENTION + _WIDE_QK + _ATTENTION_OUT + _MLP + _EXPERTS + _OUTPUT),
+    "phi3": Architecture((*_DENSE, *_FUSED_QKV, *_FUSED_MLP, Node("resid_mid", weight="attn_output.weight", op="ADD"))),
+    "gpt2": Architecture(
+        (Node("embed", "inpL"), *(node for node in _ATTENTION if node.op != "ROPE"), *_FUSED_QKV, *_ATTENTION_OUT, *_ATTENTION_OUT_BIAS, *_UNGATED_MLP, *_OUTPUT),
+        norm="layer",
+    ),
+    "starcoder2": Architecture(_EMBEDDING + _ATTENTION + _ATTENTION_OUT + _ATTENTION_OUT_BIAS + _UNGATED_MLP + _OUTPUT, norm="layer"),
+    "stablelm": Architecture(_DENSE, norm="layer"),
+    "granite": Architecture(_DENSE + _SCALED, logit_divisor="logit_scale"),
 }
 
 

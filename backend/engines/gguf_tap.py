@@ -26,13 +26,14 @@ class Tap:
         self,
         info: ModelInfo,
         rotary_interleaved: bool,
+        window_period: int,
         request: Request,
         sink: Sink,
         edits: dict[Where, list[Intervention]],
         should_stop: ShouldStop,
         n_tokens: int,
     ) -> None:
-        self.info, self.rotary_interleaved = info, rotary_interleaved
+        self.info, self.rotary_interleaved, self.window_period = info, rotary_interleaved, window_period
         self.request, self.sink, self.edits, self.should_stop, self.n_tokens = request, sink, edits, should_stop, n_tokens
         self.start = 0
 
@@ -42,7 +43,7 @@ class Tap:
         wanted = self.request.wants(place.site, place.layer)
         if edits or wanted:
             node = read(tensor)
-            values = self._edited(node, place, edits)
+            values = self._edited(_part_of(node, place), place, edits)
             if edits:
                 write(tensor, node)
             if wanted:
@@ -72,14 +73,20 @@ class Tap:
             if edits:
                 inside[...] = values
             return values
-        future = np.arange(self.start + n) > self.start + np.arange(n)[:, None]
-        values = np.where(future, -np.inf, inside * np.float32(place.scale)).astype(np.float32)
+        hidden = self._hidden(n, place.layer or 0)
+        values = np.where(hidden, -np.inf, inside * np.float32(place.scale)).astype(np.float32)
         for edit in edits:
             # The mask is added after this node and cannot be edited away here; say so in what is handed out.
-            values = np.where(future, -np.inf, apply(edit, values, self.start, self.n_tokens)).astype(np.float32)
+            values = np.where(hidden, -np.inf, apply(edit, values, self.start, self.n_tokens)).astype(np.float32)
         if edits:
-            inside[...] = np.where(future, inside, values / np.float32(place.scale))
+            inside[...] = np.where(hidden, inside, values / np.float32(place.scale))
         return values
+
+    def _hidden(self, n: int, layer: int) -> NDArray[np.bool_]:
+        """(n, start + n) True where the mask forbids attention: later keys, and keys before the layer's sliding window."""
+        distance = self.start + np.arange(n)[:, None] - np.arange(self.start + n)
+        windowed = self.window_period and self.info.sliding_window and layer % self.window_period != self.window_period - 1
+        return (distance < 0) | (distance >= self.info.sliding_window) if windowed else distance < 0
 
     def _from_node(self, node: NDArray[Any], site: str) -> NDArray[Any]:
         """ggml's 4 axes -> the site's dims. Positions are the slowest axis of every site that is no attention map."""
@@ -94,3 +101,12 @@ class Tap:
         if self.rotary_interleaved and site in _ROTARY_SITES:
             return values.reshape(*values.shape[:-1], 2, -1).swapaxes(-1, -2).reshape(values.shape)
         return values
+
+
+def _part_of(node: NDArray[Any], place: Place) -> NDArray[Any]:
+    """A view of the part of the node that the site is: one half of a fused product, or all of it."""
+    if not place.part:
+        return node
+    i, n = place.part
+    width = node.shape[-1] // n
+    return node[..., i * width : (i + 1) * width]

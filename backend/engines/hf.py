@@ -29,6 +29,7 @@ from backend.engines.sampling import check_sampling, choose
 from backend.errors import LayerscopeError
 from backend.hf_config import CONFIG_LIMIT, model_info, read_json
 from backend.intervention import Intervention
+from backend.weight_names import section
 
 if TYPE_CHECKING:
     import torch
@@ -121,7 +122,7 @@ class HfEngine:
         with _no_grad():
             # The pieces of a run, so that the last layer's lens and the model's own logits agree to the bit.
             pieces = [torch.from_numpy(rows[i : i + PIECE]).to(self.device, self._model.dtype) for i in range(0, len(rows), PIECE)]
-            logits = [to_numpy(unembed(norm(piece[None]))[0]) for piece in pieces]
+            logits = [to_numpy(self._finished(unembed(norm(piece[None]))[0])) for piece in pieces]
         return np.concatenate(logits).reshape(*resid.shape[:-1], -1)
 
     def weight(self, name: str) -> NDArray[np.float32]:
@@ -134,9 +135,13 @@ class HfEngine:
         tensor = getattr(self._model.get_submodule(module), parameter, None)
         if tensor is None:
             raise LayerscopeError(f"{self.info.name} has no weight {name[:80]!r}.")
+        if entry.transposed:
+            tensor = tensor.T
         if entry.half is not None:
             tensor = tensor.chunk(2, dim=-2)[entry.half]
-        return to_numpy(tensor).copy()
+        if entry.section:
+            tensor = tensor[section(entry.section, self.info)]
+        return to_numpy(tensor) + np.float32(entry.plus) if entry.plus else np.ascontiguousarray(to_numpy(tensor)).copy()
 
     def close(self) -> None:
         """Free the model and, on a GPU, the memory that PyTorch keeps for reuse."""
@@ -146,6 +151,12 @@ class HfEngine:
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+    def _finished(self, logits: Any) -> Any:
+        """Logits as the model's own last step leaves them."""
+        divisor, cap = (getattr(self._model.config, key) if key else None for key in (self._row.logit_divisor, self._row.logit_softcap))
+        logits = logits / divisor if divisor else logits
+        return (logits / cap).tanh() * cap if cap else logits
 
     def _check_edits(self, edits: tuple[Intervention, ...], n_tokens: int) -> None:
         for edit in edits:

@@ -28,7 +28,8 @@ def register() -> None:
 
 
 def tapped_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling: float | None = None, **kwargs: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling: float | None = None,
+    softcap: float | None = None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """transformers' attention call. query: (1, head, pos, d_head), key and value: (1, kv_head, k_pos, d_head), keys rotated.
 
@@ -39,8 +40,9 @@ def tapped_attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     tap: Tap | None = getattr(module, TAP, None)
-    if tap is None:
+    if tap is None and softcap is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    assert tap is not None, "a model with a soft-cap on its scores runs inside `installed` only"
     layer, source = int(module.layer_idx), f"{type(module).__name__}[{module.layer_idx}]"  # type: ignore[arg-type]
     n = query.shape[2]
     for site, rows in (("rot_q", query[0]), ("rot_k", key[0, :, -n:])):
@@ -48,16 +50,18 @@ def tapped_attention(
         changed = tap.through(site, layer, by_position, f"{source} {'query' if site == 'rot_q' else 'key'}")
         if changed is not None:
             by_position.copy_(changed)
-    if tap.touches("attn_scores", layer) or tap.touches("attn_pattern", layer):
-        z = _attend(tap, layer, source, query, key, value, attention_mask, scaling)
+    # PyTorch's fused kernel has no soft-cap.
+    if softcap is not None or tap.touches("attn_scores", layer) or tap.touches("attn_pattern", layer):
+        z = _attend(tap, layer, source, query, key, value, attention_mask, scaling, softcap)
     else:
         z, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     changed = tap.through("z", layer, z[0], f"{source} output")
     return (z if changed is None else changed[None]), None
 
 
-def _attend(tap: Tap, layer: int, source: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
-    """softmax(mask(q k^T scaling)) v with the two maps handed out on the way; z: (1, pos, head, d_head).
+def _attend(tap: Tap, layer: int, source: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None,
+            softcap: float | None) -> Tensor:  # fmt: skip
+    """softmax(mask(cap(q k^T scaling))) v, where cap(s) = c tanh(s / c) if there is a soft-cap, with the two maps handed out on the way; z: (1, pos, head, d_head).
 
     A score edited where the mask forbids attention stays forbidden: the mask is applied after the edit, as in llama.cpp.
     """
@@ -65,6 +69,8 @@ def _attend(tap: Tap, layer: int, source: str, query: Tensor, key: Tensor, value
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     allowed = _allowed(query, key, mask)
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = (scores / softcap).tanh() * softcap
 
     def masked(scores: Tensor) -> Tensor:
         return scores.masked_fill(~allowed, float("-inf"))

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 # Sites that the attention function offers in every architecture that goes through transformers' attention interface.
-ATTENTION_SITES = ("rot_q", "rot_k", "attn_scores", "attn_pattern", "z")
+ATTENTION_SITES = ("attn_scores", "attn_pattern", "z")
+ROTARY_SITES = ("rot_q", "rot_k")  # offered there too, where the architecture turns queries and keys
 ROUTER_SITES = ("router_logits", "router_probs", "expert_indices", "expert_weights")
 
 
@@ -27,6 +28,8 @@ class Place:
     side: Literal["input", "output"] = "output"
     part: int | str | None = None
     heads: bool = False  # the last axis is (head, d_head) flattened
+    section: str = ""  # which columns of a fused projection, as backend.weight_names.section has them; empty: all
+    times: str = ""  # the configuration's factor that the block multiplies the module's output with
 
 
 @dataclass(frozen=True)
@@ -34,15 +37,24 @@ class Router:
     """A router module that returns (logits, weights, indices); its weights are the top k of softmax(logits)."""
 
     module: str
-    renormalise: bool  # the weights of the chosen experts are made to sum to 1
+    renormalise: bool | str  # the weights of the chosen experts are made to sum to 1; a name: the module's attribute that says so
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A canonical weight as a parameter; `half` 0 or 1 picks the upper or lower half of the rows of a fused matrix."""
+    """A canonical weight as a parameter.
+
+    half        0 or 1: the upper or lower half of the rows of a fused matrix
+    section     which rows of a fused matrix, as backend.weight_names.section has them
+    transposed  the parameter is (in, out)
+    plus        added: the module multiplies with 1 + its parameter
+    """
 
     parameter: str
     half: int | None = None
+    section: str = ""
+    transposed: bool = False
+    plus: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -54,10 +66,14 @@ class Architecture:
     places: Mapping[str, Place]
     weights: Mapping[str, Weight]
     router: Router | None = None
+    rotary: bool = True
+    logit_divisor: str = ""  # the configuration's name for what logits are divided by
+    logit_softcap: str = ""  # the configuration's cap c in c tanh(logits / c)
 
     @property
     def sites(self) -> frozenset[str]:
-        return frozenset((*self.places, *ATTENTION_SITES, *(ROUTER_SITES if self.router else ())))
+        rotary = ROTARY_SITES if self.rotary else ()
+        return frozenset((*self.places, *rotary, *ATTENTION_SITES, *(ROUTER_SITES if self.router else ())))
 
 
 _LAYER, _ATTN, _MLP = "model.layers.{}", "model.layers.{}.self_attn", "model.layers.{}.mlp"
@@ -124,6 +140,129 @@ _MIXTRAL = Architecture(
     router=Router(f"{_MLP}.gate", renormalise=True),
 )
 
+_POST_NORM_WEIGHTS = {
+    "blocks.{}.ln1_post.w": Weight(f"{_LAYER}.post_attention_layernorm.weight"),
+    "blocks.{}.ln2_post.w": Weight(f"{_LAYER}.post_feedforward_layernorm.weight"),
+}
+# What enters the residual stream is the norm of what attention and MLP give.
+_POST_NORM_PLACES = {
+    "attn_out": Place(f"{_LAYER}.post_attention_layernorm"),
+    "mlp_out": Place(f"{_LAYER}.post_feedforward_layernorm"),
+}
+_NORM_BIASES = {
+    "blocks.{}.ln1.b": Weight(f"{_LAYER}.input_layernorm.bias"),
+    "blocks.{}.ln2.b": Weight(f"{_LAYER}.post_attention_layernorm.bias"),
+    "ln_final.b": Weight("model.norm.bias"),
+}
+_OLMO2 = replace(
+    _QWEN3,
+    places={
+        **{site: place for site, place in _LLAMA.places.items() if site not in ("ln1_out", "ln2_out")},
+        **_POST_NORM_PLACES,
+        "resid_mid": Place(_MLP, side="input"),
+    },
+    weights={**{name: w for name, w in _QWEN3.weights.items() if not name.endswith(("ln1.w", "ln2.w"))}, **_POST_NORM_WEIGHTS},
+)
+_GEMMA2_GAINS = {
+    "blocks.{}.ln1.w": Weight(f"{_LAYER}.input_layernorm.weight"),
+    "blocks.{}.ln2.w": Weight(f"{_LAYER}.pre_feedforward_layernorm.weight"),
+    "ln_final.w": Weight("model.norm.weight"),
+    **_POST_NORM_WEIGHTS,
+}
+_GEMMA2 = replace(
+    _LLAMA,
+    places={
+        **_LLAMA.places,
+        **_POST_NORM_PLACES,
+        "resid_mid": Place(f"{_LAYER}.pre_feedforward_layernorm", side="input"),
+        "ln2_out": Place(f"{_LAYER}.pre_feedforward_layernorm"),
+    },
+    weights={**_LLAMA.weights, **{name: replace(gain, plus=1.0) for name, gain in _GEMMA2_GAINS.items()}},
+    logit_softcap="final_logit_softcapping",
+)
+_GEMMA3 = replace(
+    _GEMMA2,
+    weights={**_GEMMA2.weights, **{f"blocks.{{}}.attn.{x}_norm.w": Weight(f"{_ATTN}.{x}_norm.weight", plus=1.0) for x in "qk"}},
+)
+_QWEN3_MOE = replace(
+    _QWEN3,
+    places=_BLOCK_PLACES,
+    weights={**{name: w for name, w in _QWEN3.weights.items() if ".mlp." not in name}, **_FUSED_EXPERT_WEIGHTS},
+    router=Router(f"{_MLP}.gate", renormalise="norm_topk_prob"),
+)
+_PHI3 = replace(
+    _LLAMA,
+    places={
+        **_LLAMA.places,
+        **{x.lower(): Place(f"{_ATTN}.qkv_proj", heads=True, section=x) for x in "QKV"},
+        "mlp_pre": Place(f"{_MLP}.gate_up_proj", section="gate"),
+        "mlp_pre_linear": Place(f"{_MLP}.gate_up_proj", section="in"),
+    },
+    weights={
+        **_LLAMA.weights,
+        **{f"blocks.{{}}.attn.W_{x}": Weight(f"{_ATTN}.qkv_proj.weight", section=x) for x in "QKV"},
+        **{f"blocks.{{}}.mlp.W_{x}": Weight(f"{_MLP}.gate_up_proj.weight", section=x) for x in ("gate", "in")},
+    },
+)
+_STARCODER2 = replace(
+    _LLAMA,
+    places={**_BLOCK_PLACES, "mlp_pre": Place(f"{_MLP}.c_fc"), "mlp_post": Place(f"{_MLP}.c_proj", side="input")},
+    weights={
+        **_BLOCK_WEIGHTS,
+        **_NORM_BIASES,
+        **{f"blocks.{{}}.mlp.W_{ours}": Weight(f"{_MLP}.{theirs}.weight") for ours, theirs in (("in", "c_fc"), ("out", "c_proj"))},
+        **{f"blocks.{{}}.mlp.b_{ours}": Weight(f"{_MLP}.{theirs}.bias") for ours, theirs in (("in", "c_fc"), ("out", "c_proj"))},
+    },
+)
+_STABLELM = replace(_LLAMA, weights={**_LLAMA.weights, **_NORM_BIASES})
+_GRANITE = replace(
+    _LLAMA,
+    places={
+        **_LLAMA.places,
+        "embed": Place("model.layers.0", side="input"),  # embeddings are multiplied outside their module
+        "attn_out": Place(_ATTN, part=0, times="residual_multiplier"),
+        "mlp_out": Place(_MLP, times="residual_multiplier"),
+    },
+    logit_divisor="logits_scaling",
+)
+
+_H = "transformer.h.{}"
+_GPT2 = Architecture(
+    layer=_H,
+    attention=f"{_H}.attn",
+    final_norm="transformer.ln_f",
+    unembed="lm_head",
+    places={
+        "embed": Place("transformer.h.0", side="input"),  # tokens and positions
+        "ln1_out": Place(f"{_H}.ln_1"),
+        **{x.lower(): Place(f"{_H}.attn.c_attn", heads=True, section=x) for x in "QKV"},
+        "attn_out": Place(f"{_H}.attn", part=0),
+        "resid_mid": Place(f"{_H}.ln_2", side="input"),
+        "ln2_out": Place(f"{_H}.ln_2"),
+        "mlp_pre": Place(f"{_H}.mlp.c_fc"),
+        "mlp_post": Place(f"{_H}.mlp.c_proj", side="input"),
+        "mlp_out": Place(f"{_H}.mlp"),
+        "resid_post": Place(_H),
+        "ln_final_out": Place("transformer.ln_f"),
+        "logits": Place("", part="logits"),
+    },
+    weights={
+        "embed.W_E": Weight("transformer.wte.weight"),
+        "pos_embed.W_pos": Weight("transformer.wpe.weight"),
+        **{f"blocks.{{}}.ln{i}.{letter}": Weight(f"{_H}.ln_{i}.{kind}") for i in (1, 2) for letter, kind in (("w", "weight"), ("b", "bias"))},
+        **{f"blocks.{{}}.attn.W_{x}": Weight(f"{_H}.attn.c_attn.weight", section=x, transposed=True) for x in "QKV"},
+        **{f"blocks.{{}}.attn.b_{x}": Weight(f"{_H}.attn.c_attn.bias", section=x) for x in "QKV"},
+        "blocks.{}.attn.W_O": Weight(f"{_H}.attn.c_proj.weight", transposed=True),
+        "blocks.{}.attn.b_O": Weight(f"{_H}.attn.c_proj.bias"),
+        **{f"blocks.{{}}.mlp.W_{ours}": Weight(f"{_H}.mlp.{theirs}.weight", transposed=True) for ours, theirs in (("in", "c_fc"), ("out", "c_proj"))},
+        **{f"blocks.{{}}.mlp.b_{ours}": Weight(f"{_H}.mlp.{theirs}.bias") for ours, theirs in (("in", "c_fc"), ("out", "c_proj"))},
+        "ln_final.w": Weight("transformer.ln_f.weight"),
+        "ln_final.b": Weight("transformer.ln_f.bias"),
+        "unembed.W_U": Weight("lm_head.weight"),
+    },
+    rotary=False,
+)
+
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
@@ -131,4 +270,14 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen2": _LLAMA,
     "qwen3": _QWEN3,
     "smollm3": _LLAMA,
+    "olmo2": _OLMO2,
+    "gemma2": _GEMMA2,
+    "gemma3_text": _GEMMA3,
+    "qwen3_moe": _QWEN3_MOE,
+    "olmoe": _QWEN3_MOE,
+    "phi3": _PHI3,
+    "gpt2": _GPT2,
+    "starcoder2": _STARCODER2,
+    "stablelm": _STABLELM,
+    "granite": _GRANITE,
 }

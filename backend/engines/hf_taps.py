@@ -20,6 +20,7 @@ from backend.errors import Cancelled
 from backend.intervention import Intervention, apply, edits_by_place
 from backend.model_info import ModelInfo
 from backend.sites import SITES
+from backend.weight_names import section
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -110,12 +111,19 @@ def _stop_hook(tap: Tap) -> Callable[..., None]:
 def _hang(model: nn.Module, tap: Tap, site: str, layer: int | None, place: Place) -> Any:
     name = place.module.format(layer)
     module = model.get_submodule(name)
+    columns = section(place.section, tap.info) if place.section else slice(None)
+    factor = float(getattr(model.config, place.times)) if place.times else 1.0
 
     def through(value: Tensor) -> Tensor | None:
         """value: (1, pos, ...) as the module has it."""
-        rows = value[0].reshape(value.shape[1], -1, tap.info.d_head) if place.heads else value[0]
+        mine = value[0][:, columns] if factor == 1.0 else value[0] * factor
+        rows = mine.reshape(len(mine), -1, tap.info.d_head) if place.heads else mine
         changed = tap.through(site, layer, rows, f"{name or 'model'}.{place.side}")
-        return None if changed is None else changed.reshape(value.shape)
+        if changed is None or not place.section:
+            return None if changed is None else changed.reshape(value.shape) / factor
+        value = value.clone()
+        value[0][:, columns] = changed.reshape(mine.shape)
+        return value
 
     def on_input(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         changed = through(args[0])
@@ -141,13 +149,14 @@ def _router_hook(tap: Tap, layer: int, router: Router, name: str) -> Callable[..
 
     def on_route(module: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         logits, weights, indices = output
+        renormalise = getattr(module, router.renormalise) if isinstance(router.renormalise, str) else router.renormalise
         changed = tap.through("router_logits", layer, logits, name)
         logits = logits if changed is None else changed
         probs = logits.float().softmax(dim=-1)
         rerouted = tap.through("router_probs", layer, probs, f"softmax({name})")
         if changed is not None or rerouted is not None:
             best, indices = (probs if rerouted is None else rerouted).topk(indices.shape[-1], dim=-1)
-            weights = (best / best.sum(dim=-1, keepdim=True) if router.renormalise else best).to(weights.dtype)
+            weights = (best / best.sum(dim=-1, keepdim=True) if renormalise else best).to(weights.dtype)
         tap.through("expert_indices", layer, indices, name)
         reweighted = tap.through("expert_weights", layer, weights, name)
         return logits, weights if reweighted is None else reweighted, indices
