@@ -25,7 +25,10 @@ IDS = [0, 290, 284, 280, 306, 275, 31, 290, 284, 77, 255, 12, 9, 9]
 NMSE = 1e-6  # llama.cpp's check-nmse.py calls this identical
 
 
-KINDS = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "smollm3", "olmo2", "gemma2", "gemma3_text", "qwen3_moe", "olmoe", "phi3", "gpt2", "starcoder2", "stablelm", "granite")
+KINDS = (
+    "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "olmo2", "olmoe", "gemma2", "gemma3_text", "phi3", "gpt2",
+    "starcoder2", "stablelm", "granite",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=KINDS)
