@@ -72,6 +72,10 @@ ARCHITECTURES: dict[str, ConfigKeys] = {
         d_mlp="moe_intermediate_size", n_experts="num_experts", n_experts_alias="num_local_experts", n_experts_used="num_experts_per_tok",
         requires=(("decoder_sparse_step", 1), ("mlp_only_layers", [])),
     ),
+    "qwen2_moe": ConfigKeys(
+        d_mlp="moe_intermediate_size", n_experts="num_experts", n_experts_alias="num_local_experts", n_experts_used="num_experts_per_tok",
+        requires=(("decoder_sparse_step", 1), ("mlp_only_layers", [])),
+    ),
     "olmoe": ConfigKeys(n_experts="num_experts", n_experts_alias="num_local_experts", n_experts_used="num_experts_per_tok"),
     "phi3": ConfigKeys(sliding_window="sliding_window"),
     "gpt2": ConfigKeys(

@@ -64,6 +64,9 @@ _GGUF_EXPERTS = {
 _GGUF_ENDS = {"embed.W_E": "token_embd.weight", "ln_final.w": "output_norm.weight", "unembed.W_U": "output.weight"}
 
 _GGUF_QK_NORM = {"blocks.{}.attn.q_norm.w": "blk.{}.attn_q_norm.weight", "blocks.{}.attn.k_norm.w": "blk.{}.attn_k_norm.weight"}
+_GGUF_SHARED_EXPERT = {
+    **{f"blocks.{{}}.mlp.shared.W_{ours}": f"blk.{{}}.ffn_{theirs}_shexp.weight" for ours, theirs in (("gate", "gate"), ("in", "up"), ("out", "down"))},
+}
 _GGUF_NORM_BIASES = {"blocks.{}.ln1.b": "blk.{}.attn_norm.bias", "blocks.{}.ln2.b": "blk.{}.ffn_norm.bias", "ln_final.b": "output_norm.bias"}
 _GGUF_POST_NORMS = {"blocks.{}.ln1_post.w": "blk.{}.post_attention_norm.weight", "blocks.{}.ln2_post.w": "blk.{}.post_ffw_norm.weight"}
 _GGUF_FUSED_QKV = {
@@ -87,6 +90,7 @@ GGUF_NAMES: Mapping[str, Names] = {
     "gemma2": {**_GGUF_DENSE, **_GGUF_POST_NORMS},
     "gemma3": {**_GGUF_DENSE, **_GGUF_QK_NORM, **_GGUF_POST_NORMS},
     "qwen3moe": {**_GGUF_ENDS, **_GGUF_BLOCK, **_GGUF_QK_NORM, **_GGUF_EXPERTS},
+    "qwen2moe": {**_GGUF_ENDS, **_GGUF_BLOCK, **_GGUF_EXPERTS, **_GGUF_SHARED_EXPERT},
     "olmoe": {**_GGUF_ENDS, **_GGUF_BLOCK, **_GGUF_QK_NORM, **_GGUF_EXPERTS},
     "phi3": {**_GGUF_DENSE, **_GGUF_FUSED_QKV, **_GGUF_FUSED_MLP},
     "gpt2": {**_without(_GGUF_DENSE, "gate"), **_GGUF_FUSED_QKV, **_GGUF_NORM_BIASES, "pos_embed.W_pos": "position_embd.weight"},
@@ -118,6 +122,12 @@ _HF_EXPERTS = {
     "blocks.{}.mlp.W_router": "model.layers.{}.mlp.gate.weight",
     **{
         f"blocks.{{}}.mlp.experts.W_{ours}": f"model.layers.{{}}.mlp.experts.{{e}}.{theirs}_proj.weight"
+        for ours, theirs in (("gate", "gate"), ("in", "up"), ("out", "down"))
+    },
+}
+_HF_SHARED_EXPERT = {
+    **{
+        f"blocks.{{}}.mlp.shared.W_{ours}": f"model.layers.{{}}.mlp.shared_expert.{theirs}_proj.weight"
         for ours, theirs in (("gate", "gate"), ("in", "up"), ("out", "down"))
     },
 }
@@ -169,6 +179,7 @@ HF_NAMES: Mapping[str, Names] = {
     "gemma2": {**_HF_DENSE, **{name: Stored(stored, plus=1.0) for name, stored in _HF_GEMMA2_GAINS.items()}},
     "gemma3_text": {**_HF_DENSE, **{name: Stored(stored, plus=1.0) for name, stored in {**_HF_GEMMA2_GAINS, **_HF_QK_NORM}.items()}},
     "qwen3_moe": {**_HF_ENDS, **_HF_BLOCK, **_HF_QK_NORM, **_HF_EXPERTS},
+    "qwen2_moe": {**_HF_ENDS, **_HF_BLOCK, **_HF_EXPERTS, **_HF_SHARED_EXPERT},
     "olmoe": {**_HF_ENDS, **_HF_BLOCK, **_HF_QK_NORM, **_HF_EXPERTS},
     "phi3": {**_HF_DENSE, **_HF_FUSED},
     "gpt2": _HF_GPT2,

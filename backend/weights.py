@@ -7,7 +7,8 @@
 
 Canonical names follow TransformerLens: embed.W_E, blocks.L.ln1.w, blocks.L.attn.W_Q/W_K/W_V/W_O (biases b_Q, ...), blocks.L.ln2.w,
 blocks.L.mlp.W_gate/W_in/W_out, blocks.L.mlp.W_router, blocks.L.mlp.experts.W_gate/W_in/W_out (expert, out, in), ln_final.w, unembed.W_U.
-Where an architecture has them: biases of norms (ln1.b, ...), attn.q_norm.w and k_norm.w, ln1_post.w and ln2_post.w, pos_embed.W_pos.
+Where an architecture has them: biases of norms (ln1.b, ...), attn.q_norm.w and k_norm.w, ln1_post.w and ln2_post.w, pos_embed.W_pos,
+mlp.shared.W_gate/W_in/W_out of a shared expert.
 Under them both formats give the same numbers: rows that the converter to GGUF reordered for RoPE stand in the checkpoint's order
 again, fused matrices are taken apart, and a norm's w is what it multiplies with, also where the checkpoint keeps w - 1. The file's own
 names are accepted as well and give the tensor as it is stored. Tied embeddings appear under both names.

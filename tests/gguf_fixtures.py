@@ -36,6 +36,10 @@ def _transposed(name: str, values: Array, config: Any) -> Array:
     return values.T if values.ndim == 2 and name.split(".")[-2] in ("c_attn", "c_proj", "c_fc") else values
 
 
+def _router_is_flat(name: str, values: Array, config: Any) -> Array:
+    return values[0] if name.endswith("shared_expert_gate.weight") else values
+
+
 @dataclass(frozen=True)
 class Row:
     """`keys`: metadata beyond the common sizes, key without the architecture's name -> attribute of the configuration."""
@@ -60,6 +64,11 @@ ROWS: Mapping[str, Row] = {
     ),
     "gemma3_text": Row(gguf.MODEL_ARCH.GEMMA3, {**_RMS, **_WINDOW}, _gain_is_one_plus),
     "qwen3_moe": Row(gguf.MODEL_ARCH.QWEN3MOE, {**_RMS, **_EXPERTS, "expert_feed_forward_length": "moe_intermediate_size"}),
+    "qwen2_moe": Row(
+        gguf.MODEL_ARCH.QWEN2MOE,
+        {**_RMS, **_EXPERTS, "expert_feed_forward_length": "moe_intermediate_size", "expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
+        _router_is_flat,
+    ),
     "olmoe": Row(gguf.MODEL_ARCH.OLMOE, {**_RMS, **_EXPERTS}),
     "phi3": Row(gguf.MODEL_ARCH.PHI3, {**_RMS, "rope.scaling.original_context_length": "original_max_position_embeddings"}),
     "gpt2": Row(gguf.MODEL_ARCH.GPT2, {"attention.layer_norm_epsilon": "layer_norm_epsilon"}, _transposed),

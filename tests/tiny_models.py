@@ -58,6 +58,10 @@ _KINDS: dict[str, dict[str, Any]] = {
         "pad_token_id": None,
     },
     "qwen3_moe": {"intermediate_size": 96, "moe_intermediate_size": 48, "head_dim": 24, "num_experts": 5, "num_experts_per_tok": 2, "norm_topk_prob": True},
+    "qwen2_moe": {
+        "intermediate_size": 96, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 80, "num_experts": 5, "num_experts_per_tok": 2,
+        "norm_topk_prob": False,
+    },
     "olmoe": {"num_key_value_heads": 4, "intermediate_size": 48, "num_experts": 5, "num_experts_per_tok": 2, "pad_token_id": None},
     "phi3": {"intermediate_size": 96, "original_max_position_embeddings": 1024, "sliding_window": None, "pad_token_id": None},
     "gpt2": {"n_inner": 112, "num_key_value_heads": None, "tie_word_embeddings": True, "layer_norm_epsilon": 1e-4},

@@ -102,6 +102,8 @@ _UNGATED_MLP = (
     Node("mlp_out", "ffn_out"),
     Node("resid_post", "l_out"),
 )
+# The dense MLP's names stand for the shared expert there, which has another width: its hidden values are no site.
+_SHARED_EXPERT_BLOCK = tuple(node for node in _MLP if not node.site.startswith("mlp_p"))
 _SCALED = (Node("embed", "embd", "SCALE"), Node("attn_out", weight="attn_out", op="SCALE"), Node("mlp_out", weight="ffn_out", op="SCALE"))
 _FUSED_MLP = (Node("mlp_pre", "ffn_up", part=(0, 2)), Node("mlp_pre_linear", "ffn_up", part=(1, 2)))
 _DENSE = _EMBEDDING + _ATTENTION + _ATTENTION_OUT + _MLP + _OUTPUT
@@ -124,6 +126,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         window_period=6,
     ),
     "qwen3moe": Architecture(_EMBEDDING + _ATTENTION + _ATTENTION_OUT + _MLP + _EXPERTS + _OUTPUT),
+    "qwen2moe": Architecture(_EMBEDDING + _ATTENTION + _ATTENTION_OUT + _SHARED_EXPERT_BLOCK + _EXPERTS + _OUTPUT),
     "olmoe": Architecture(_EMBEDDING + _ATTENTION + _WIDE_QK + _ATTENTION_OUT + _MLP + _EXPERTS + _OUTPUT),
     "phi3": Architecture((*_DENSE, *_FUSED_QKV, *_FUSED_MLP, Node("resid_mid", weight="attn_output.weight", op="ADD"))),
     "gpt2": Architecture(

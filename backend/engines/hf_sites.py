@@ -190,6 +190,16 @@ _QWEN3_MOE = replace(
     weights={**{name: w for name, w in _QWEN3.weights.items() if ".mlp." not in name}, **_FUSED_EXPERT_WEIGHTS},
     router=Router(f"{_MLP}.gate", renormalise="norm_topk_prob"),
 )
+_QWEN2_MOE = replace(
+    _QWEN3_MOE,
+    weights={
+        **{name: w for name, w in _QWEN3_MOE.weights.items() if "_norm.w" not in name},
+        **{
+            f"blocks.{{}}.mlp.shared.W_{ours}": Weight(f"{_MLP}.shared_expert.{theirs}_proj.weight")
+            for ours, theirs in (("gate", "gate"), ("in", "up"), ("out", "down"))
+        },
+    },
+)
 _PHI3 = replace(
     _LLAMA,
     places={
@@ -274,6 +284,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA3,
     "qwen3_moe": _QWEN3_MOE,
+    "qwen2_moe": _QWEN2_MOE,
     "olmoe": _QWEN3_MOE,
     "phi3": _PHI3,
     "gpt2": _GPT2,
