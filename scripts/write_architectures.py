@@ -28,7 +28,8 @@ Every architecture below is complete in both engines: the same weights, as a Hug
 mean squared error of {NMSE:g}. The table shows the largest over the layers of a tiny random model whose gains and biases are moved off
 their defaults. An empty cell: the architecture has no such site, and both engines refuse it by name.
 
-llama.cpp seems to take GELU from a float16 table (inferred, not checked in its source), so that the architectures that use it (gemma2, gemma3, gpt2, starcoder2) agree less closely.
+llama.cpp seems to take GELU from a float16 table (inferred, not checked in its source), so that the architectures
+that use it (gemma2, gemma3, gpt2, starcoder2) agree less closely.
 Written by `scripts/write_architectures.py`; the limit is held by `tests/test_engines_agree.py`.
 
 """
