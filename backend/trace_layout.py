@@ -23,8 +23,8 @@ PART_SUFFIX = ".h5.part"
 
 ID_PATTERN = re.compile(r"[0-9a-z_]{8,64}")
 
-# Float16 holds at most this much; a site with larger values is stored as float32.
-FLOAT16_MAX = 65504.0
+# Positions in one chunk; a piece of a prompt, as the engines cut it, is a multiple.
+MAX_CHUNK_ROWS = 512
 
 _SPECIAL_PATHS = {"embed": "embeddings/input_embeddings", "ln_final_out": "embeddings/output_embeddings", "logits": "logits/full"}
 _LAYER_GROUP = re.compile(r"layer_(\d{2,5})")
@@ -80,8 +80,12 @@ def read_json(group: h5py.Group, name: str, default: Any = None) -> Any:
 
 
 def chunk_shape(dims: tuple[str, ...], shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """One head of an attention map (in tiles when it is large), or a run of positions of everything else; about 1 MiB at most."""
+    """One head of an attention map (in tiles when it is large), or a run of positions of everything else; about 1 MiB at most.
+
+    Runs of a long prompt are a power of two, so that the pieces in which it is computed consist of whole chunks.
+    """
     if "q_pos" in dims:
-        return (1, min(shape[1], 512), min(shape[2], 1024))
+        return (1, min(shape[1], MAX_CHUNK_ROWS), min(shape[2], 2 * MAX_CHUNK_ROWS))
     row_bytes = itemsize * int(np.prod(shape[1:], dtype=np.int64))
-    return (max(1, min(shape[0], (1 << 20) // max(row_bytes, 1))), *shape[1:])
+    fitting = max(1, (1 << 20) // max(row_bytes, 1))
+    return (min(shape[0], MAX_CHUNK_ROWS, 1 << (fitting.bit_length() - 1)), *shape[1:])

@@ -2,6 +2,7 @@
 
 The file is written as `<id>.h5.part`, flushed, closed, read back once against its checksums, and only then renamed: a
 half-written trace is never visible under its name. This is the gate at which every array is held against the vocabulary.
+Arrays that arrive in whole chunks are encoded beside HDF5 (trace_chunks), while the engine computes the next layer.
 """
 
 from __future__ import annotations
@@ -14,18 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import hdf5plugin
 import numpy as np
 from numpy.typing import NDArray
 
 from backend.durable import publish
 from backend.engines import Piece
 from backend.errors import LayerscopeError
+from backend.half_precision import overflowed, to_float16
 from backend.model_info import ModelInfo
 from backend.sites import SITES
-from backend.trace_layout import FLOAT16_MAX, FORMAT, PART_SUFFIX, SUFFIX, VERSION, check_id, chunk_shape, new_id, site_path, write_json
+from backend.trace_chunks import FILTERS, Encoder, create, tiles, verify
+from backend.trace_layout import FORMAT, PART_SUFFIX, SUFFIX, VERSION, check_id, chunk_shape, new_id, site_path, write_json
 
-_COMPRESSION = {"shuffle": True, "fletcher32": True, **hdf5plugin.Zstd(clevel=3)}
+# Small arrays are left to HDF5 and its own checksum.
+_SMALL = {"fletcher32": True, **FILTERS}
 _NEGATIVE_INFINITY_SITES = ("attn_scores",)
 
 
@@ -45,6 +48,12 @@ class TraceWriter:
         self.part = Path(folder) / f"{self.id}{PART_SUFFIX}"
         self._float = np.dtype(precision)
         self._open = True
+        self._datasets: dict[str, h5py.Dataset] = {}
+        self._wide: set[str] = set()  # paths of what float16 cannot hold
+        self._through_hdf5: set[str] = set()  # paths of chunked datasets that HDF5 itself wrote to
+        self._encoder = Encoder()
+        self._layer: int | None = None
+        self._mark = 0  # where the chunks of the layer before the current one end
         try:
             self.part.parent.mkdir(parents=True, exist_ok=True)
             # Exclusive creation: two writers can never share a part file. The lock says that its writer lives, as long as it does.
@@ -57,19 +66,48 @@ class TraceWriter:
     # -- activations -------------------------------------------------------------------------------------------------------
 
     def write(self, piece: Piece) -> None:
-        """Store one piece of a site at its place. Raises LayerscopeError if its shape contradicts the vocabulary."""
-        site = SITES[piece.site]
+        """Store one piece of a site at its place. Raises LayerscopeError if its shape contradicts the vocabulary.
+
+        The piece's values are read before this returns; its chunks may reach the file later, at the latest on `flush`.
+        """
         values = self._checked(piece)
+        if piece.layer != self._layer:  # chunks of one layer may wait while the next arrives: memory does not grow with the layers
+            self._encoder.finish(self._mark)
+            self._layer, self._mark = piece.layer, self._encoder.mark()
         path = site_path(piece.site, piece.layer)
-        dataset = self._file[path] if path in self._file else self._create(path, piece, values)
-        if dataset.dtype == np.float16 and not _fits_float16(values):
-            dataset = self._widen(path, dataset)
-        stop = piece.start + values.shape[1 if site.is_attention_map else 0]
-        with np.errstate(over="ignore"):
-            if site.is_attention_map:
+        stored = values if values.dtype.kind == "i" or self._float == np.float32 or path in self._wide else to_float16(values)
+        overflow = stored.dtype == np.float16 and overflowed(stored, values)
+        if path not in self._datasets:
+            self._datasets[path] = self._create(path, piece, np.dtype(np.float32) if overflow else stored.dtype)
+        elif overflow:
+            self._widen(path)
+        if overflow:
+            self._wide.add(path)
+            stored = values
+        self._place(path, piece, stored)
+
+    def _place(self, path: str, piece: Piece, values: NDArray[Any]) -> None:
+        """Whole chunks go to the encoder; a piece that ends inside a chunk goes through HDF5, which joins it with the next."""
+        dataset, is_map = self._datasets[path], SITES[piece.site].is_attention_map
+        axis = 1 if is_map else 0
+        step, stop = dataset.chunks[axis], piece.start + values.shape[axis]
+        if piece.start % step or (stop % step and stop != self.n_tokens):
+            self._through_hdf5.add(path)
+            if is_map:
                 dataset[:, piece.start : stop, : values.shape[2]] = values
             else:
                 dataset[piece.start : stop] = values
+            return
+        if values is piece.values:
+            values = values.copy()  # float32 and integers are stored as they came, and what came is only lent
+        for offset, chunk in tiles(values, dataset.chunks, dataset.fillvalue):
+            at = list(offset)
+            at[axis] += piece.start
+            self._encoder.put(dataset, path, tuple(at), chunk)
+
+    def flush(self) -> None:
+        """Bring everything that was written into the file, so that it can be read back."""
+        self._encoder.finish()
 
     def _checked(self, piece: Piece) -> NDArray[Any]:
         site, values = SITES[piece.site], piece.values
@@ -86,24 +124,23 @@ class TraceWriter:
             raise LayerscopeError(f"{piece.site} holds {site.dtype} values, but came as {values.dtype}.")
         return values
 
-    def _create(self, path: str, piece: Piece, values: NDArray[Any]) -> h5py.Dataset:
-        site = SITES[piece.site]
-        n = self.n_tokens
-        shape = (values.shape[0], n, n) if site.is_attention_map else (n, *values.shape[1:])
-        dtype = np.dtype(np.int32) if site.dtype == "int" else self._float if _fits_float16(values) else np.dtype(np.float32)
-        fill = -np.inf if piece.site in _NEGATIVE_INFINITY_SITES else 0
-        dataset = self._file.create_dataset(path, shape, dtype, chunks=chunk_shape(site.dims, shape, dtype.itemsize), fillvalue=fill, **_COMPRESSION)
-        dataset.attrs["dims"] = list(site.dims)
-        dataset.attrs["source"] = piece.source
-        return dataset
+    def _create(self, path: str, piece: Piece, dtype: np.dtype[Any]) -> h5py.Dataset:
+        site, n = SITES[piece.site], self.n_tokens
+        shape = (piece.values.shape[0], n, n) if site.is_attention_map else (n, *piece.values.shape[1:])
+        fill = -np.inf if piece.site in _NEGATIVE_INFINITY_SITES else 0.0
+        attrs: dict[str, str | list[str]] = {"dims": list(site.dims), "source": piece.source}
+        return create(self._file, path, shape, dtype, chunk_shape(site.dims, shape, dtype.itemsize), fill, attrs)
 
-    def _widen(self, path: str, dataset: h5py.Dataset) -> h5py.Dataset:
+    def _widen(self, path: str) -> None:
         """Replace a float16 dataset by a float32 one when a later piece brings values that float16 cannot hold."""
-        values, attrs, chunks, fill = dataset[...].astype(np.float32), dict(dataset.attrs), dataset.chunks, dataset.fillvalue
+        self.flush()
+        narrow = self._datasets[path]
+        values, attrs, chunks, fill = narrow[...].astype(np.float32), dict(narrow.attrs), narrow.chunks, narrow.fillvalue
+        self._encoder.written.pop(path, None)
+        self._through_hdf5.add(path)
         del self._file[path]
-        wide = self._file.create_dataset(path, data=values, chunks=chunks, fillvalue=fill, **_COMPRESSION)
-        wide.attrs.update(attrs)
-        return wide
+        self._datasets[path] = self._file.create_dataset(path, data=values, chunks=chunks, fillvalue=fill, **FILTERS)
+        self._datasets[path].attrs.update(attrs)
 
     # -- reading back what was stored, for results that need the whole run ----------------------------------------------------
 
@@ -111,6 +148,7 @@ class TraceWriter:
         return site_path(site, layer) in self._file
 
     def __getitem__(self, key: str | tuple[str, int]) -> NDArray[np.float32]:
+        self.flush()
         site, layer = key if isinstance(key, tuple) else (key, None)
         return np.asarray(self._file[site_path(site, layer)][...], dtype=np.float32)
 
@@ -126,6 +164,7 @@ class TraceWriter:
     def logits(self, summary: dict[str, NDArray[Any]]) -> None:
         """top_ids, top_logprobs (pos, k); logsumexp, next_logprobs, next_ranks, entropy (pos,)."""
         for name, values in summary.items():
+            self._through_hdf5.add(f"logits/{name}")
             self._file.create_dataset(f"logits/{name}", data=values, fletcher32=True, chunks=values.shape)
 
     def vocabulary(self, texts: dict[int, str]) -> None:
@@ -137,7 +176,9 @@ class TraceWriter:
 
     def result(self, name: str, values: NDArray[Any], dims: tuple[str, ...], **labels: Any) -> None:
         """An array that an experiment computed, with its axis names and labels."""
-        dataset = self._file.create_dataset(f"results/{name}", data=values, chunks=values.shape if values.size else None, **(_COMPRESSION if values.size else {}))
+        if values.size:
+            self._through_hdf5.add(f"results/{name}")
+        dataset = self._file.create_dataset(f"results/{name}", data=values, chunks=values.shape if values.size else None, **(_SMALL if values.size else {}))
         dataset.attrs["dims"] = list(dims)
         dataset.attrs["labels"] = json.dumps({"dims": list(dims), **labels})
 
@@ -153,9 +194,10 @@ class TraceWriter:
         attrs.update({"format": FORMAT, "version": VERSION, "id": self.id, "engine": self.info.engine, "engine_version": engine_version})
         attrs.update({"created_at": datetime.now(UTC).isoformat(timespec="seconds"), "category": category, "complete": 1})
         try:
+            self.flush()
             self._file.flush()
             self._close()
-            _read_back(self.part)
+            verify(self.part, self._encoder.written, self._through_hdf5)
             publish(self.part, self.final)
             self._unlock()
         except OSError as error:
@@ -174,6 +216,7 @@ class TraceWriter:
     def _close(self) -> None:
         if self._open:
             self._open = False
+            self._encoder.close()
             self._file.close()
 
     def _unlock(self) -> None:
@@ -187,23 +230,3 @@ class TraceWriter:
     def __exit__(self, kind: object, *_: object) -> None:
         if self.part.exists():
             self.discard()
-
-
-def _fits_float16(values: NDArray[Any]) -> bool:
-    """True if no finite value exceeds what float16 holds (infinities and NaN are kept by both)."""
-    if values.dtype.kind != "f" or not values.size:
-        return True
-    top = float(np.max(np.abs(values), initial=0.0, where=np.isfinite(values)))
-    return top <= FLOAT16_MAX
-
-
-def _read_back(path: Path) -> None:
-    """Read every chunk once: HDF5 raises OSError where a stored checksum does not hold."""
-
-    def visit(_: str, item: h5py.Group | h5py.Dataset) -> None:
-        if isinstance(item, h5py.Dataset) and item.chunks:
-            for tile in item.iter_chunks():
-                item[tile]
-
-    with h5py.File(path, "r", locking=False) as file:
-        file.visititems(visit)

@@ -56,16 +56,14 @@ class _FileRows:
     type_id: int | None = None
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        out = np.empty((len(rows), self.columns), np.float32)
         breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+        runs = [(int(run[0]), len(run)) for run in np.split(rows, breaks) if len(run)]
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
-            for run in np.split(np.arange(len(rows)), breaks):
-                if len(run):
-                    out[run] = self._decode(_read_exactly(descriptor, self.path, self.offset + int(rows[run[0]]) * self.row_bytes, len(run) * self.row_bytes))
+            data = [_read_exactly(descriptor, self.path, self.offset + first * self.row_bytes, n * self.row_bytes) for first, n in runs]
         finally:
             os.close(descriptor)
-        return out
+        return self._decode(data[0] if len(data) == 1 else b"".join(data))
 
     def _decode(self, data: bytes) -> NDArray[np.float32]:
         if self.dtype in _FLOATS:

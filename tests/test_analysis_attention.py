@@ -99,8 +99,10 @@ def test_a_prompt_in_pieces_has_the_scores_of_the_whole(size):
     rng = np.random.default_rng(1)
     ids = rng.integers(0, 6, 14).tolist()
     pattern = causal(rng, 3, 14)
-    pieces = [attention.row_scores(pattern[:, a : a + size, : a + size], ids, a) for a in range(0, 14, size)]
-    joined = attention.mean_over_rows({name: np.concatenate([p[name] for p in pieces], axis=-1) for name in attention.METRICS})
+    joint = attention.RowMeans()
+    for a in range(0, 14, size):
+        joint.add(attention.row_scores(pattern[:, a : a + size, : a + size], ids, a))
+    joined = joint.means()
     whole = attention.head_metrics(pattern, ids)
     for name in attention.METRICS:
         np.testing.assert_allclose(joined[name], whole[name], atol=1e-6)

@@ -31,13 +31,13 @@ class LayeredEngine:
     def detokenize(self, ids: list[int]) -> str:
         return " ".join(map(str, ids))
 
-    def weight(self, name: str) -> np.ndarray:
+    def weight(self, name: str, rows: np.ndarray) -> np.ndarray:
         if name.endswith("b_O"):
             raise LayerscopeError(f"There is no {name}.")
-        return np.zeros((64, 64), np.float32)
+        return np.zeros((len(rows), 64), np.float32)
 
-    def unembed(self, resid: np.ndarray) -> np.ndarray:
-        return np.zeros((*resid.shape[:-1], 50), np.float32)
+    def unembed(self, resid: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+        return np.zeros((*resid.shape[:-1], len(tokens)), np.float32)
 
     def run(self, ids, request: Request, sink, edits=(), should_stop=None) -> None:
         sizes = {**self.info.dims, "pos": len(ids), "q_pos": len(ids), "k_pos": len(ids)}

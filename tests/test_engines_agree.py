@@ -125,7 +125,7 @@ def test_the_identities_of_a_transformer_hold_in_both_engines(pair: tuple[Engine
         checks = Identities(engine.info, _weight_or_none(engine), engine.unembed)
 
         def check(piece: Piece, checks: Identities = checks) -> None:
-            checks.add(piece.site, piece.layer, piece.values, piece.start)
+            checks.add(piece.site, piece.layer, np.array(piece.values), piece.start)
 
         engine.run(IDS, Request(tuple(engine.sites)), check)
         report = checks.report()

@@ -27,13 +27,13 @@ def rms(x):
     return x / np.sqrt((x**2).mean(-1, keepdims=True))
 
 
-def weight(name: str):
+def weight(name: str, rows):
     _, layer, _, tensor = name.split(".")
-    return W_O[int(layer)] if tensor == "W_O" else None
+    return W_O[int(layer)][rows] if tensor == "W_O" else None
 
 
-def unembed(resid):
-    return rms(resid) @ W_U.T
+def unembed(resid, tokens=None):
+    return rms(resid) @ (W_U if tokens is None else W_U[tokens]).T
 
 
 def run(renormalise: bool = True) -> list[tuple[str, int | None, np.ndarray]]:
@@ -104,16 +104,6 @@ def test_a_prompt_in_pieces_passes_and_a_wrong_piece_fails(size):
 
     assert failing(feed(spoil=False)) == set()
     assert failing(feed(spoil=True)) == {"attn_sum", "mlp_sum"}
-
-
-def test_an_engine_may_reuse_its_buffers():
-    checks = Identities(INFO, weight, unembed)
-    for site, layer, values in run():
-        buffer = values.copy()
-        checks.add(site, layer, buffer)
-        if site != "logits":
-            buffer[...] = 0
-    assert failing(checks.report()) == set()
 
 
 @pytest.mark.parametrize("site, breaks", [("resid_mid", {"attn_sum", "mlp_sum"}), ("z", {"attn_projection"}), ("mlp_out", {"mlp_sum"})])

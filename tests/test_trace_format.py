@@ -167,3 +167,60 @@ def test_names_of_sites_accept_the_aliases_of_the_field():
     assert resolve_sites(["resid_post", "z", "l_out-1"]) == ("z", "resid_post")
     with pytest.raises(LayerscopeError, match="Did you mean attn_pattern"):
         resolve_site("attn_patern")
+
+
+def test_a_flipped_bit_anywhere_in_a_stored_chunk_is_an_error_and_never_another_value(tmp_path):
+    values = array("resid_post")
+    path = write(tmp_path, [Piece("resid_post", 0, 0, values, "")])
+    with h5py.File(path) as file:
+        chunks: list[tuple[int, int]] = []
+        file[site_path("resid_post", 0)].id.chunk_iter(lambda chunk: chunks.append((chunk.byte_offset, chunk.size)))
+    (offset, n_bytes), original = chunks[0], path.read_bytes()
+    unnoticed = []
+    for at in range(offset, offset + n_bytes):
+        for bit in range(8):
+            path.write_bytes(original[:at] + bytes([original[at] ^ 1 << bit]) + original[at + 1 :])
+            try:
+                with Trace(path) as trace:
+                    np.testing.assert_array_equal(trace["resid_post", 0], values)
+                unnoticed.append((at - offset, bit))
+            except OSError:
+                continue
+    assert unnoticed == [(4, 4)]  # the bit of a Zstandard frame's header that means nothing (RFC 8878, 3.1.1.1.1.3)
+
+
+def test_a_chunk_that_the_disk_changed_is_noticed_before_the_trace_is_published(tmp_path, monkeypatch):
+    from backend import trace_writer
+
+    real = trace_writer.verify
+
+    def spoil_then_verify(path: Path, written, others) -> None:
+        with h5py.File(path, locking=False) as file:
+            chunks: list[int] = []
+            file[site_path("resid_post", 1)].id.chunk_iter(lambda chunk: chunks.append(chunk.byte_offset))
+        data = bytearray(path.read_bytes())
+        data[chunks[0] + 20] ^= 1
+        path.write_bytes(data)
+        real(path, written, others)
+
+    monkeypatch.setattr(trace_writer, "verify", spoil_then_verify)
+    with pytest.raises(LayerscopeError, match="does not read as it was written"):
+        write(tmp_path, [Piece("resid_post", 1, 0, array("resid_post"), "")])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_chunks_encoded_here_are_what_hdf5s_own_filters_would_make_readable(tmp_path):
+    """Every dtype that is stored, odd sizes, and pieces that end inside a chunk: read by plain h5py with the registered filters."""
+    rng = np.random.default_rng(5)
+    ids = rng.integers(0, 4, (N, 2)).astype(np.int32)
+    moe = ModelInfo("moe", "", "gguf", "llama", 1, 4, 2, 8, 2, 6, 11, 64, n_experts=4, n_experts_used=2)
+    stream = rng.standard_normal((N, 8)).astype(np.float32)
+    with TraceWriter(tmp_path, moe, N, "float16") as writer:
+        writer.write(Piece("expert_indices", 0, 0, ids, ""))
+        writer.write(Piece("resid_post", 0, 0, stream[:2], ""))
+        writer.write(Piece("resid_post", 0, 2, stream[2:], ""))
+        writer.tokens(list(range(N)), ["t"] * N, N, [])
+        path = writer.publish(engine_version="test")
+    with h5py.File(path) as file:
+        np.testing.assert_array_equal(file[site_path("expert_indices", 0)][...], ids)
+        np.testing.assert_array_equal(file[site_path("resid_post", 0)][...], stream.astype(np.float16))

@@ -35,6 +35,8 @@ Array = NDArray[Any]
 Place = tuple[str, int | None]
 
 SAMPLED_ROWS = 32  # positions of a piece that go through a matrix of the model; the arithmetic checks take all of them
+_BLOCK = 32  # rows of a pattern whose diagonal is looked at as one square
+SAMPLED_OUTPUTS = 64  # rows of W_O and W_U that those positions go through; every head and every channel enters each of them
 
 TITLES = {
     "attn_sum": "attention output = resid_mid - resid_pre",
@@ -101,16 +103,17 @@ class Identities:
     """Streaming checks of one run.
 
     info        the model's facts
-    weight      canonical name -> array (out, in), or None where the model has no such tensor ("blocks.3.attn.b_O"); left out: attn_projection is not checked
-    unembed     residual stream (n, d_model) -> logits (n, d_vocab), as the engine offers it; left out: unembed is not checked
+    weight      (canonical name, rows) -> those rows of the array (out, in), or None where the model has no such tensor ("blocks.3.attn.b_O"); left out:
+                attn_projection is not checked
+    unembed     (residual stream (n, d_model), token ids (m,)) -> their logits (n, m), as the engine offers it; left out: unembed is not checked
     edited      places (site, layer) that an intervention changed, resid_pre rewritten as the site it comes from
     """
 
     def __init__(
         self,
         info: ModelInfo,
-        weight: Callable[[str], Array | None] | None = None,
-        unembed: Callable[[Array], Array] | None = None,
+        weight: Callable[[str, NDArray[np.int64]], Array | None] | None = None,
+        unembed: Callable[[Array, NDArray[np.int64]], Array] | None = None,
         edited: Collection[Place] = (),
         limits: Tolerances | None = None,
     ) -> None:
@@ -126,14 +129,17 @@ class Identities:
         self._last_resid: Array | None = None
 
     def add(self, site: str, layer: int | None, values: Array, start: int = 0) -> None:
-        """Take one piece (positions `start` on, in the site's dims) and check every identity that it completes."""
+        """Take one piece (positions `start` on, in the site's dims) and check every identity that it completes.
+
+        The values of the layer at hand are kept, not copied: the caller does not change them afterwards.
+        """
         self._seen.add(site)
         if site not in _IGNORED_INFINITE:
             self._check_finite(site, layer, values)
         if start != self._start:
             self._start, self._layer, self._held, self._stream, self._last_resid = start, None, {}, None, None
         if site == "embed":
-            self._stream = np.array(values, np.float32)
+            self._stream = values
         elif site == "logits":
             self._check_unembed(values)
         elif layer is not None:
@@ -141,7 +147,7 @@ class Identities:
             if site == "attn_pattern":
                 self._check_pattern(layer, values, start)
             elif site in _HELD:
-                self._held[site] = np.array(values)
+                self._held[site] = np.asarray(values)
                 self._check_layer(layer, site)
 
     def report(self) -> dict[str, dict[str, Any]]:
@@ -230,16 +236,16 @@ class Identities:
         self._found["mlp_sum"].compare(held["resid_mid"] + held["mlp_out"], held["resid_post"], layer)
 
     def _attn_projection(self, layer: int) -> None:
-        w_out = self._weight(f"blocks.{layer}.attn.W_O") if self._weight else None
+        outputs = _sample(self._info.d_model, SAMPLED_OUTPUTS)
+        w_out = self._weight(f"blocks.{layer}.attn.W_O", outputs) if self._weight else None
         if w_out is None or self._weight is None:
             return
-        bias = self._weight(f"blocks.{layer}.attn.b_O")
+        bias = self._weight(f"blocks.{layer}.attn.b_O", outputs)
         rows = _sample(len(self._held["z"]))
-        z = self._held["z"][rows].reshape(len(rows), -1)
-        computed = z @ w_out.T
+        computed = self._held["z"][rows].reshape(len(rows), -1) @ w_out.T
         if bias is not None:
             computed = computed + bias
-        self._found["attn_projection"].compare(computed, self._held["attn_out"][rows], layer)
+        self._found["attn_projection"].compare(computed, self._held["attn_out"][np.ix_(rows, outputs)], layer)
 
     def _router_top_k(self, layer: int) -> None:
         probs, indices = self._held["router_probs"], self._held["expert_indices"].astype(np.int64)
@@ -260,26 +266,29 @@ class Identities:
 
     def _check_pattern(self, layer: int, pattern: Array, start: int) -> None:
         if self._applies("pattern_rows", layer):
-            sums = pattern.sum(axis=-1, dtype=np.float64)
-            over = sums - 1.0
+            over = pattern.sum(axis=-1) - np.float32(1)
             if self._info.architecture in _SINKS:
                 self._found["pattern_rows"].note = "attention sinks: rows sum to at most 1"
                 over = np.maximum(over, 0.0)
-            self._found["pattern_rows"].record(max(_largest(over), _largest(np.minimum(pattern, 0.0))), layer)
+            self._found["pattern_rows"].record(max(_largest(over), -min(float(pattern.min(initial=0)), 0.0)), layer)
         if self._applies("pattern_causal", layer):
-            later = np.arange(pattern.shape[2]) > start + np.arange(pattern.shape[1])[:, None]
-            self._found["pattern_causal"].record(_largest(pattern[:, later]), layer)
+            self._found["pattern_causal"].record(_largest_beyond_diagonal(pattern, start), layer)
 
     def _check_unembed(self, logits: Array) -> None:
         if self._unembed is None or self._last_resid is None or not self._applies("unembed", None):
             return
-        rows = _sample(len(logits))
         if len(self._last_resid) == len(logits):
-            self._found["unembed"].compare(self._unembed(self._last_resid[rows]), logits[rows], self._info.n_layers - 1)
+            rows, tokens = _sample(len(logits)), _sample(logits.shape[1], SAMPLED_OUTPUTS)
+            # Held against the largest logit of those positions, as if all tokens had been compared.
+            size = _largest(logits[rows])
+            error = _largest(self._unembed(self._last_resid[rows], tokens) - logits[np.ix_(rows, tokens)])
+            self._found["unembed"].record(0.0 if error == 0 else error / size if 0 < size < float("inf") else float("inf"), self._info.n_layers - 1)
 
     def _check_finite(self, site: str, layer: int | None, values: Array) -> None:
         found = self._found["finite"]
-        bad = values.size - int(np.isfinite(values).sum())
+        # A sum of finite values can only fail to be finite when they are huge, and then the count below finds none bad.
+        with np.errstate(over="ignore", invalid="ignore"):
+            bad = 0 if values.dtype.kind != "f" or np.isfinite(values.sum()) else values.size - int(np.isfinite(values).sum())
         if bad and not found.note:
             found.note = f"first at {site}" + ("" if layer is None else f" of layer {layer}") + f": {bad:,} of {values.size:,} values"
         found.record(bad / max(values.size, 1), layer)
@@ -305,7 +314,7 @@ def relative_error(a: Array, b: Array) -> float:
     """max|a - b| / max|b|; infinite where either holds NaN or the shapes differ. 0 for two arrays of zeros."""
     if a.shape != b.shape:
         return float("inf")
-    difference, size = _largest(np.subtract(a, b, dtype=np.float64)), _largest(b)
+    difference, size = _largest(np.subtract(a, b)), _largest(b)
     if difference == 0:
         return 0.0
     return difference / size if 0 < size < float("inf") else float("inf")
@@ -319,6 +328,20 @@ def _largest(values: Array) -> float:
     return float("inf") if np.isnan(top) else top
 
 
-def _sample(n: int) -> NDArray[np.int64]:
-    """At most SAMPLED_ROWS positions, evenly spread, first and last among them."""
-    return np.unique(np.linspace(0, n - 1, min(n, SAMPLED_ROWS)).astype(np.int64))
+def _largest_beyond_diagonal(pattern: Array, start: int) -> float:
+    """The largest |value| at a key after its query. Blocks of rows: beyond a block's last query is a rectangle, which is read fast."""
+    n, n_keys = pattern.shape[1:]
+    top = 0.0
+    for first in range(0, n, _BLOCK):
+        rows = slice(first, min(first + _BLOCK, n))
+        corner = start + rows.start
+        top = max(top, _largest(pattern[:, rows, start + rows.stop :]))
+        within = pattern[:, rows, corner : start + rows.stop]
+        later = np.arange(within.shape[2]) > np.arange(within.shape[1])[:, None]
+        top = max(top, _largest(within[:, later]))
+    return top
+
+
+def _sample(n: int, most: int = SAMPLED_ROWS) -> NDArray[np.int64]:
+    """At most `most` of n places, evenly spread, first and last among them."""
+    return np.unique(np.linspace(0, n - 1, min(n, most)).astype(np.int64))

@@ -1,7 +1,8 @@
 """Next-token logits: probabilities, the best tokens, entropy and rank.
 
-Everything takes logits (pos, d_vocab) in any float type, works in float64 and goes through the vocabulary a few rows at a time,
-so a matrix of 128,000 columns costs no second copy of itself. Natural logarithms throughout.
+Everything takes logits (pos, d_vocab) in any float type and goes through the vocabulary a few rows at a time, so a matrix of
+128,000 columns costs no second copy of itself. The single functions work in float64; `summary`, which every run goes through,
+in float32, which errs by about 1e-6. Natural logarithms throughout.
 """
 
 from __future__ import annotations
@@ -38,20 +39,59 @@ def log_softmax(logits: NDArray[np.floating]) -> NDArray[np.float64]:
 
 
 def top_k(logits: NDArray[np.floating], k: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
-    """The k most probable tokens of each row, best first; equal logits in the order of their ids.
+    """The k most probable tokens of each row, best first; equal logits in the order of their ids, NaN last.
 
     logits: (pos, d_vocab). Returns ids (pos, k) int32 and log-probabilities (pos, k) float32, k at most d_vocab.
     """
+    ids = top_ids(logits, k)
+    values = np.take_along_axis(np.asarray(logits), ids, axis=-1).astype(np.float64)
+    return ids, (values - logsumexp(logits)[:, None]).astype(np.float32)
+
+
+def top_ids(logits: NDArray[np.floating], k: int) -> NDArray[np.int32]:
+    """Ids of the k largest logits of each row, best first; equal ones in the order of their ids, NaN last. (pos, d_vocab) -> (pos, k)."""
     n_rows, n_vocab = logits.shape
     k = min(k, n_vocab)
     ids = np.empty((n_rows, k), np.int32)
+    # At least k values are no smaller than the k-th largest of the maxima of k or more groups: a few candidates stand for the row.
+    width = next((w for w in (64, 16, 4) if n_vocab // w >= 2 * k), 1)
+    whole = n_vocab // width * width
     for i in range(n_rows):
         row = np.asarray(logits[i])
-        threshold = np.partition(row, n_vocab - k)[n_vocab - k]
+        maxima = row[:whole].reshape(-1, width).max(axis=-1) if width > 1 else row
+        threshold = np.partition(maxima, len(maxima) - k)[len(maxima) - k]
         candidates = np.flatnonzero(row >= threshold)  # ids ascend, so a stable sort breaks ties by id
+        if len(candidates) < k:  # NaN, which compares with nothing
+            candidates = np.arange(n_vocab)
         ids[i] = candidates[np.argsort(-row[candidates], kind="stable")[:k]]
-    values = np.take_along_axis(np.asarray(logits), ids, axis=-1).astype(np.float64)
-    return ids, (values - logsumexp(logits)[:, None]).astype(np.float32)
+    return ids
+
+
+def summary(logits: NDArray[np.float32], following: NDArray[np.integer], k: int) -> dict[str, NDArray]:
+    """What a trace keeps of every position, in one pass over the vocabulary.
+
+    logits: (pos, d_vocab); following: (pos,) ids of the tokens that really follow.
+    Returns top_ids (pos, k) int32 and top_logprobs (pos, k), logsumexp, entropy, next_logprobs (pos,) float32, all in nats, and
+    next_ranks (pos,) int32, 0 for the best. Same definitions as the functions of these names.
+    """
+    ids = top_ids(logits, k)
+    out: dict[str, NDArray] = {name: np.empty(len(logits), np.float32) for name in ("logsumexp", "entropy", "next_logprobs")}
+    ranks = np.empty(len(logits), np.int32)
+    for rows in row_blocks(*logits.shape):
+        block = np.asarray(logits[rows], np.float32)
+        top = block.max(axis=-1, keepdims=True)
+        shifted = block - top
+        weights = np.exp(shifted)
+        total = weights.sum(axis=-1)
+        log_total = np.log(total)
+        out["logsumexp"][rows] = top[:, 0] + log_total
+        # -sum p ln p with ln p = shifted - ln total, and 0 where p is 0
+        out["entropy"][rows] = log_total - np.multiply(weights, np.maximum(shifted, -1e30), out=weights).sum(axis=-1) / total
+        value = np.take_along_axis(block, following[rows, None], axis=-1)
+        out["next_logprobs"][rows] = value[:, 0] - out["logsumexp"][rows]
+        ranks[rows] = _rank(block, value, following[rows])
+    values = np.take_along_axis(np.asarray(logits), ids, axis=-1)
+    return {"top_ids": ids, "top_logprobs": (values - out["logsumexp"][:, None]).astype(np.float32), **out, "next_ranks": ranks}
 
 
 def entropy(logits: NDArray[np.floating]) -> NDArray[np.float32]:
@@ -82,10 +122,16 @@ def rank_of(logits: NDArray[np.floating], ids: ArrayLike) -> NDArray[np.int32]:
     """
     wanted = np.broadcast_to(np.asarray(ids), (len(logits),))
     out = np.empty(len(logits), np.int32)
-    columns = np.arange(logits.shape[1])
     for rows in row_blocks(*logits.shape):
-        block, column = np.asarray(logits[rows]), wanted[rows, None]
-        value = np.take_along_axis(block, column, axis=-1)
-        before = (block > value) | ((block == value) & (columns < column))
-        out[rows] = before.sum(axis=-1)
+        block = np.asarray(logits[rows])
+        out[rows] = _rank(block, np.take_along_axis(block, wanted[rows, None], axis=-1), wanted[rows])
     return out
+
+
+def _rank(block: NDArray[np.floating], value: NDArray[np.floating], token: NDArray[np.integer]) -> NDArray[np.int64]:
+    """Columns that stand before the token of each row, whose value is `value` (pos, 1): larger ones, and equal ones with a smaller id."""
+    before = np.count_nonzero(block > value, axis=-1)
+    equal = block == value
+    for i in np.flatnonzero(np.count_nonzero(equal, axis=-1) > 1):
+        before[i] += np.count_nonzero(equal[i, : token[i]])
+    return before

@@ -26,7 +26,8 @@ class Piece:
     """One layer's values of one site for positions `start` to `start + n` of the prompt.
 
     values: float32 (int32 for expert_indices) in the site's dims. For attention maps: (head, n, start + n), keys from 0.
-    The array belongs to the receiver only until it returns from the sink: copy what must outlive the call.
+    The array belongs to the receiver only until it returns from the sink, and may be the model's own memory: copy what must
+    outlive the call, unless it is `owned`, made for this piece alone.
     """
 
     site: str
@@ -34,6 +35,7 @@ class Piece:
     start: int
     values: NDArray[Any]
     source: str  # native tensor or module name, for the trace's record
+    owned: bool = False
 
 
 DEFAULT_CONTEXT = 8192  # tokens; more only when asked for
@@ -122,11 +124,11 @@ class Engine(Protocol):
                  edits: tuple[Intervention, ...] = (), should_stop: ShouldStop = never_stop) -> list[int]:  # fmt: skip
         """Up to n new tokens, stopping after the end-of-sequence token (included). Nothing is captured."""
 
-    def unembed(self, resid: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Final norm, then W_U: residual stream (..., d_model) -> logits (..., d_vocab), any soft-cap included."""
+    def unembed(self, resid: NDArray[np.float32], tokens: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        """Final norm, then W_U: residual stream (..., d_model) -> logits (..., d_vocab), any soft-cap included; of `tokens` only, (..., len(tokens))."""
 
-    def weight(self, name: str) -> NDArray[np.float32]:
-        """A weight by its canonical name (backend.weights), float32 in this engine's own head order, (out, in)."""
+    def weight(self, name: str, rows: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        """A weight by its canonical name (backend.weights), float32 in this engine's own head order, (out, in); of its outputs `rows` only."""
 
     def close(self) -> None:
         """Free the model."""

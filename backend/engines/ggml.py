@@ -1,6 +1,7 @@
 """ggml through ctypes: what llama-cpp-python does not bind. The tensor struct, its bytes, and ggml's own dequantization.
 
     Tensor                      struct ggml_tensor of the ggml inside llama-cpp-python 0.3.36
+    view(t)                     a tensor's values where they lie, or a copy where that is not this machine's memory
     read(t), write(t, values)   a tensor's values through ggml_backend_tensor_get/set: right on every backend, CPU or GPU
     dequantize(type, bytes, n)  ggml's to_float: the numbers that its kernels see
     open_llama()                llama_cpp, its back end initialised and its log lines kept instead of printed
@@ -83,6 +84,7 @@ def _base() -> ctypes.CDLL:
     lib = ctypes.CDLL(str(found[0]))
     for function in (lib.ggml_backend_tensor_get, lib.ggml_backend_tensor_set):
         function.argtypes, function.restype = [ctypes.POINTER(Tensor), ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t], None
+    lib.ggml_backend_buffer_is_host.argtypes, lib.ggml_backend_buffer_is_host.restype = [ctypes.c_void_p], ctypes.c_bool
     lib.ggml_tensor_overhead.argtypes, lib.ggml_tensor_overhead.restype = [], ctypes.c_size_t
     n_bytes = lib.ggml_tensor_overhead() - _GGML_OBJECT_BYTES
     if n_bytes != ctypes.sizeof(Tensor):
@@ -126,16 +128,35 @@ def dequantize(type_id: int, data: Any, n: int) -> NDArray[np.float32]:
     return out
 
 
+def view(tensor: Tensor) -> tuple[NDArray[Any], bool]:
+    """A tensor's values as `read` gives them, and whether they are a private copy.
+
+    On a CPU they are not: the array is ggml's own memory, read-only, and good until the callback that was given the tensor returns.
+    """
+    if not tensor.buffer or not _base().ggml_backend_buffer_is_host(tensor.buffer):
+        return read(tensor), True
+    dtype, shape, strides, span = _layout(tensor)
+    raw = np.frombuffer(memoryview((ctypes.c_uint8 * span).from_address(tensor.data)), np.uint8)
+    values: NDArray[Any] = np.ndarray(shape, dtype, buffer=raw, strides=strides)
+    values.flags.writeable = False
+    return values, False
+
+
+def _layout(tensor: Tensor) -> tuple[np.dtype[Any], tuple[int, ...], tuple[int, ...], int]:
+    """dtype, shape and strides in NumPy's axis order, and the bytes from the first to the last value."""
+    dtype = _NUMPY_TYPES.get(tensor.type)
+    if dtype is None:
+        raise LayerscopeError(f"Node {tensor.name.decode()} holds {type_traits(tensor.type)[0]} values, which are not activations.")
+    shape, strides = tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]
+    return dtype, shape, strides, sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + dtype.itemsize
+
+
 def read(tensor: Tensor) -> NDArray[Any]:
     """A tensor's values as a strided NumPy array in NumPy's axis order (4 axes), over a private copy of its bytes.
 
     The copy spans the tensor's strides, so that `write` can put a view back without touching what lies between.
     """
-    dtype = _NUMPY_TYPES.get(tensor.type)
-    if dtype is None:
-        raise LayerscopeError(f"Node {tensor.name.decode()} holds {type_traits(tensor.type)[0]} values, which are not activations.")
-    shape, strides = tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]
-    span = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True)) + dtype.itemsize
+    dtype, shape, strides, span = _layout(tensor)
     raw = np.empty(span, np.uint8)
     _base().ggml_backend_tensor_get(ctypes.byref(tensor), raw.ctypes.data, 0, span)
     return np.ndarray(shape, dtype, buffer=raw, strides=strides)

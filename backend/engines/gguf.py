@@ -122,8 +122,8 @@ class GgufEngine:
                 return new
             self._step(context, new[-1:], tap, start=len(ids) + len(new) - 1, all_outputs=False)
 
-    def unembed(self, resid: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Final norm, then W_U, in float32: resid (..., d_model) -> logits (..., d_vocab), any soft-cap included.
+    def unembed(self, resid: NDArray[np.float32], tokens: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        """Final norm, then W_U, in float32: resid (..., d_model) -> logits (..., d_vocab) or those of `tokens`, any soft-cap included.
 
         RMS norm: Zhang & Sennrich, arXiv:1910.07467; LayerNorm: Ba et al., arXiv:1607.06450.
         llama.cpp's kernels round activations to 8 bits where W_U is quantized, so its own logits differ by that rounding.
@@ -135,11 +135,13 @@ class GgufEngine:
         normed = (rows / scale).astype(np.float32) * self._weights["ln_final.w"]
         if "ln_final.b" in self._weights:
             normed = normed + self._weights["ln_final.b"]
-        logits = self._times_unembed(normed) / np.float32(self._divisor or 1.0)
+        logits = self._times_unembed(normed, tokens) / np.float32(self._divisor or 1.0)
         return np.asarray(self._softcap * np.tanh(logits / self._softcap), np.float32) if self._softcap else logits
 
-    def _times_unembed(self, normed: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _times_unembed(self, normed: NDArray[np.float32], tokens: NDArray[np.int64] | None) -> NDArray[np.float32]:
         w_u = self._weights.lazy("unembed.W_U")
+        if tokens is not None:
+            return np.asarray(normed @ (w_u[tokens] if self._unembed is None else self._unembed[tokens]).T)
         if self._unembed is None and 4 * w_u.size <= _CACHED_UNEMBED_BYTES:
             self._unembed = w_u[:]
         if self._unembed is not None:
@@ -147,9 +149,9 @@ class GgufEngine:
         step = max(1, _CACHED_UNEMBED_BYTES // 4 // self.info.d_model)
         return np.concatenate([normed @ w_u[i : i + step].T for i in range(0, self.info.d_vocab, step)], axis=-1)
 
-    def weight(self, name: str) -> NDArray[np.float32]:
-        """A weight by its canonical name, float32, (out, in), heads in the order of q and k as handed out."""
-        return self._weights[name]
+    def weight(self, name: str, rows: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        """A weight by its canonical name, float32, (out, in), heads in the order of q and k as handed out; of its outputs `rows` only."""
+        return self._weights[name] if rows is None else self._weights.lazy(name)[rows]
 
     def close(self) -> None:
         """Free the context and the model."""

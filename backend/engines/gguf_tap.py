@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backend.engines import Piece, Request, ShouldStop, Sink
-from backend.engines.ggml import Tensor, read, write
+from backend.engines.ggml import Tensor, read, view, write
 from backend.engines.gguf_graph import Place, Where
 from backend.errors import Cancelled
 from backend.intervention import Intervention, apply
@@ -20,7 +20,10 @@ _ROTARY_SITES = ("q", "k", "rot_q", "rot_k")
 
 
 class Tap:
-    """Visits the nodes of one run. `start` is the position of the first token of the piece that is being decoded."""
+    """Visits the nodes of one run. `start` is the position of the first token of the piece that is being decoded.
+
+    What is only handed out is handed out where it lies; what is edited is read, changed and put back.
+    """
 
     def __init__(
         self,
@@ -41,13 +44,16 @@ class Tap:
         """Edit, then hand out. Raises Cancelled at the end of a layer when the run is to stop."""
         edits = self.edits.get((place.site, place.layer), ())
         wanted = self.request.wants(place.site, place.layer)
-        if edits or wanted:
+        if edits:
             node = read(tensor)
-            values = self._edited(_part_of(node, place), place, edits)
-            if edits:
-                write(tensor, node)
-            if wanted:
-                self.sink(Piece(place.site, place.layer, self.start, values, place.source))
+            values, owned = self._edited(_part_of(node, place), place, edits), True
+            write(tensor, node)
+        elif wanted:
+            node, owned = view(tensor)
+            values = self._edited(_part_of(node, place), place, ())
+            owned = owned or not np.may_share_memory(values, node)
+        if wanted:
+            self.sink(Piece(place.site, place.layer, self.start, values, place.source, owned))
         if place.site == "resid_post" and self.should_stop():
             raise Cancelled
 
@@ -67,7 +73,7 @@ class Tap:
         n = node.shape[2]
         inside = node[0, :, :, : self.start + n]
         if place.site == "attn_pattern":
-            values = np.ascontiguousarray(inside)
+            values = inside
             for edit in edits:
                 values = apply(edit, values, self.start, self.n_tokens)
             if edits:

@@ -20,6 +20,7 @@ class Vocabulary:
         self._model, self._llama = model, model.llama
         self.size: int = self._llama.llama_vocab_n_tokens(self._vocab)
         self.add_bos: bool = self._llama.llama_vocab_get_add_bos(self._vocab)
+        self._texts: dict[int, str] = {}  # what was asked for before: a trace names thousands of tokens
         bos = self._llama.llama_vocab_bos(self._vocab)
         self.bos_id: int | None = bos if 0 <= bos < self.size else None
 
@@ -45,7 +46,9 @@ class Vocabulary:
 
     def texts(self, ids: list[int]) -> list[str]:
         """The text of each token alone. Bytes that are no UTF-8 on their own read <0xE2>; special tokens read as they are spelled."""
-        return [_readable(self._piece(self._checked(token))) for token in ids]
+        for token in {*ids} - self._texts.keys():
+            self._texts[token] = _readable(self._piece(self._checked(token)))
+        return [self._texts[token] for token in ids]
 
     def detokenize(self, ids: list[int]) -> str:
         """The text of the ids together, special tokens left out."""

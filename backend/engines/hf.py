@@ -113,8 +113,8 @@ class HfEngine:
                 logits = self._step(new[-1:], tap, cache, start=len(ids) + len(new) - 1)
         return new
 
-    def unembed(self, resid: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Final norm, then W_U: resid (..., d_model) -> logits (..., d_vocab)."""
+    def unembed(self, resid: NDArray[np.float32], tokens: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        """Final norm, then W_U: resid (..., d_model) -> logits (..., d_vocab), or those of `tokens`."""
         import torch
 
         norm, unembed = self._model.get_submodule(self._row.final_norm), self._model.get_submodule(self._row.unembed)
@@ -122,11 +122,17 @@ class HfEngine:
         with _no_grad():
             # The pieces of a run, so that the last layer's lens and the model's own logits agree to the bit.
             pieces = [torch.from_numpy(rows[i : i + PIECE]).to(self.device, self._model.dtype) for i in range(0, len(rows), PIECE)]
-            logits = [to_numpy(self._finished(unembed(norm(piece[None]))[0])) for piece in pieces]
-        return np.concatenate(logits).reshape(*resid.shape[:-1], -1)
+            if tokens is None:
+                logits = [unembed(norm(piece[None]))[0] for piece in pieces]
+            else:
+                chosen = torch.from_numpy(tokens).to(self.device)
+                bias = None if unembed.bias is None else unembed.bias[chosen]
+                logits = [torch.nn.functional.linear(norm(piece[None])[0], unembed.weight[chosen], bias) for piece in pieces]
+            finished = [to_numpy(self._finished(piece)) for piece in logits]
+        return np.concatenate(finished).reshape(*resid.shape[:-1], -1)
 
-    def weight(self, name: str) -> NDArray[np.float32]:
-        """A weight by its canonical name, a float32 copy, (out, in); experts (expert, out, in). Raises LayerscopeError."""
+    def weight(self, name: str, rows: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
+        """A weight by its canonical name, a float32 copy, (out, in); experts (expert, out, in); of its first axis `rows` only. Raises LayerscopeError."""
         block, _, rest = name.removeprefix("blocks.").partition(".") if name.startswith("blocks.") else ("", "", "")
         entry = self._row.weights.get(f"blocks.{{}}.{rest}" if rest else name)
         if entry is None or (rest and not (block.isdecimal() and int(block) < self.info.n_layers)):
@@ -141,6 +147,7 @@ class HfEngine:
             tensor = tensor.chunk(2, dim=-2)[entry.half]
         if entry.section:
             tensor = tensor[section(entry.section, self.info)]
+        tensor = tensor if rows is None else tensor[rows.tolist()]
         return to_numpy(tensor) + np.float32(entry.plus) if entry.plus else np.ascontiguousarray(to_numpy(tensor)).copy()
 
     def close(self) -> None:

@@ -55,9 +55,10 @@ class Tap:
             changed = _to_tensor(values, tensor)
             changed = valid(changed) if valid else changed
         if self.request.wants(site, layer):
-            values = to_numpy(tensor if changed is None else changed).view()
+            kept = tensor if changed is None else changed
+            values = to_numpy(kept).view()
             values.flags.writeable = False  # on a CPU it is the model's own memory
-            self.sink(Piece(site, layer, self.start, values, source))
+            self.sink(Piece(site, layer, self.start, values, source, owned=values.__array_interface__["data"][0] != kept.data_ptr()))
         return changed
 
 

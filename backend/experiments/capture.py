@@ -1,8 +1,8 @@
 """Capture: run a prompt once with instruments attached and publish one trace.
 
 Generated tokens come first, without capture; then prompt and generated tokens run together once, so every step's state is one
-position of one square trace. Each piece goes from the engine through the integrity check to disk and is forgotten: memory does
-not grow with the number of layers.
+position of one square trace. Each piece goes from the engine through the integrity check to disk and is forgotten, on a thread
+beside the engine's: memory does not grow with the number of layers.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +26,14 @@ from backend.analysis.identities import Identities, tolerances
 from backend.engines import Engine, Piece, Request, Sampling, ShouldStop, never_stop
 from backend.errors import LayerscopeError
 from backend.experiments import Context, Progress, no_progress
+from backend.experiments.aside import Aside
 from backend.experiments.logit_lens import AUTO_BUDGET, compute_lens, cost, lens_rows
 from backend.intervention import Intervention, edits_by_place
 from backend.sites import ALL_SITES, SITES, STANDARD_SITES, resolve_sites
 from backend.trace_writer import TraceWriter
 
 TOP_K = 20
+_SUMMARY_ROWS = 32  # positions whose logits are summarised at once
 THUMBNAIL_SIZE = 48
 # Free disk left untouched by a capture, on top of the trace's own estimated size.
 DISK_RESERVE = 256 << 20
@@ -77,12 +81,14 @@ def capture(engine: Engine, spec: CaptureSpec, folder: Path, *, progress: Progre
         ids = prompt_ids + engine.generate(prompt_ids, spec.max_new_tokens, spec.sampling, count, edits, should_stop)
         timings["generate_s"] = time.perf_counter() - started
     _check_disk(engine, request, len(ids), folder, spec.precision)
-    with TraceWriter(folder, engine.info, len(ids), spec.precision, trace_id) as writer, _LogitStore(len(ids), engine.info.d_vocab, folder) as logits:
+    with TraceWriter(folder, engine.info, len(ids), spec.precision, trace_id) as writer, ExitStack() as stack:
+        logits = stack.enter_context(_LogitStore(len(ids), engine.info.d_vocab, folder)) if _wants_lens(engine, spec, request, len(ids)) else None
         run = _Run(engine, edits, ids, writer, logits, progress, keep_logits="logits" in request.sites)
         mark = time.perf_counter()
-        engine.run(ids, Request((*request.sites, "logits"), request.layers), run.sink, edits, should_stop)
-        timings["run_s"] = time.perf_counter() - mark
-        vocabulary = _write_summaries(engine, spec, run, writer, logits, ids, progress, should_stop, timings)
+        with Aside(run.take) as aside:
+            engine.run(ids, Request((*request.sites, "logits"), request.layers), aside.put, edits, should_stop)
+            timings["run_s"] = time.perf_counter() - mark
+        vocabulary = _write_summaries(engine, run, writer, logits, ids, progress, should_stop, timings)
         progress("publishing", 0, 1)
         texts = engine.token_texts(ids)
         special = [i for i, token in enumerate(ids) if token in (engine.info.bos_id, engine.info.eos_id)]
@@ -109,24 +115,29 @@ def capture(engine: Engine, spec: CaptureSpec, folder: Path, *, progress: Progre
 class _Run:
     """Receives the pieces of one forward pass: checks them, stores them, and computes what needs the full-precision values."""
 
-    def __init__(self, engine: Engine, edits: tuple[Intervention, ...], ids: list[int], writer: TraceWriter, logits: _LogitStore,
+    def __init__(self, engine: Engine, edits: tuple[Intervention, ...], ids: list[int], writer: TraceWriter, logits: _LogitStore | None,
                  progress: Progress, keep_logits: bool) -> None:  # fmt: skip
         self.ids, self.writer, self.logits, self.progress, self.keep_logits = ids, writer, logits, progress, keep_logits
+        self._links = attention_analysis.Links(ids)
+        self._predictions: list[dict[str, NDArray[Any]]] = []
         self.identities = Identities(engine.info, weight=_weight_or_none(engine), unembed=engine.unembed, edited=edits_by_place(edits),
                                      limits=tolerances(engine.info.engine, engine.compute))  # fmt: skip
         self.n_layers = engine.info.n_layers
-        self._rows: dict[int, list[dict[str, NDArray[np.float64]]]] = {}
+        self._means: dict[int, attention_analysis.RowMeans] = {}
         self.thumbs: dict[int, NDArray[np.uint8]] = {}
         self._layer = -1
         self._piece = 0  # positions in the first piece: as many as in every other but the last
 
-    def sink(self, piece: Piece) -> None:
+    def take(self, piece: Piece) -> None:
+        """Check, store and summarise one piece; its values are this run's own."""
         if piece.layer is not None and piece.layer != self._layer:
             self._layer = piece.layer
             self._tell(piece.layer, piece.start, piece.values.shape[1 if SITES[piece.site].is_attention_map else 0])
         self.identities.add(piece.site, piece.layer, piece.values, piece.start)
         if piece.site == "logits":
-            self.logits.put(piece.start, piece.values)
+            self._predictions += summaries(piece.values, piece.start, self.ids)
+            if self.logits is not None:
+                self.logits.put(piece.start, piece.values)
             if not self.keep_logits:
                 return
         self.writer.write(piece)
@@ -140,22 +151,42 @@ class _Run:
         self.progress("running", start // self._piece * self.n_layers + layer + 1, pieces * self.n_layers)
 
     def _head_summaries(self, layer: int, start: int, pattern: NDArray[np.float32]) -> None:
-        rows = self._rows.setdefault(layer, [])
-        rows.append(attention_analysis.row_scores(pattern, self.ids, start))
+        means = self._means.setdefault(layer, attention_analysis.RowMeans())
+        means.add(attention_analysis.row_scores(pattern, self.ids, start, self._links))
         thumbs = self.thumbs.setdefault(layer, _blank_thumbnails(pattern.shape[0], len(self.ids)))
         attention_analysis.add_to_thumbnails(thumbs, pattern, start, len(self.ids))
 
+    def predictions(self) -> dict[str, NDArray[Any]]:
+        """The datasets of /logits in FORMAT.md, over all pieces."""
+        joined = {name: np.concatenate([part[name] for part in self._predictions]) for name in self._predictions[0]}
+        joined["next_logprobs"][-1], joined["next_ranks"][-1] = np.nan, -1  # nothing follows the last token
+        return joined
+
     def head_metrics(self) -> dict[int, dict[str, NDArray[np.float32]]]:
         """Layer -> metric -> (head,), over all pieces."""
-        joined = {layer: {name: np.concatenate([piece[name] for piece in pieces], axis=-1) for name in pieces[0]} for layer, pieces in sorted(self._rows.items())}
-        return {layer: attention_analysis.mean_over_rows(rows) for layer, rows in joined.items()}
+        return {layer: means.means() for layer, means in sorted(self._means.items())}
 
 
-def _write_summaries(engine: Engine, spec: CaptureSpec, run: _Run, writer: TraceWriter, logits: _LogitStore, ids: list[int], progress: Progress,
+def summaries(logits: NDArray[np.float32], start: int, ids: list[int]) -> list[dict[str, NDArray[Any]]]:
+    """`logits.summary` of the positions from `start` on, in blocks of rows, on both cores: nothing else runs any more at the end of a prompt."""
+    following = np.asarray([*ids[start + 1 : start + 1 + len(logits)], 0][: len(logits)])
+    blocks = [slice(i, i + _SUMMARY_ROWS) for i in range(0, len(logits), _SUMMARY_ROWS)]
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda rows: logits_analysis.summary(logits[rows], following[rows], TOP_K), blocks))
+
+
+def _wants_lens(engine: Engine, spec: CaptureSpec, request: Request, n_tokens: int) -> bool:
+    """As the spec says; else where the logit lens costs less than AUTO_BUDGET. It needs two rows at least."""
+    n_rows = len(lens_rows(lambda site, layer: request.wants(site, layer), engine.info.n_layers))
+    affordable = cost(n_rows, n_tokens, engine.info.d_model, engine.info.d_vocab) <= AUTO_BUDGET
+    return n_rows > 1 and (affordable if spec.lens is None else spec.lens)
+
+
+def _write_summaries(engine: Engine, run: _Run, writer: TraceWriter, logits: _LogitStore | None, ids: list[int], progress: Progress,
                      should_stop: ShouldStop, timings: dict[str, float]) -> set[int]:  # fmt: skip
     """Logit summaries, head metrics and lens; returns the token ids that they mention."""
     vocabulary = set(ids)
-    summary = logits.summary(ids)
+    summary = run.predictions()
     writer.logits(summary)
     vocabulary.update(summary["top_ids"].ravel().tolist())
     metrics = run.head_metrics()
@@ -164,12 +195,9 @@ def _write_summaries(engine: Engine, spec: CaptureSpec, run: _Run, writer: Trace
         for name in metrics[layers[0]]:
             writer.result(f"attn_{name}", np.stack([metrics[layer][name] for layer in layers]), ("layer", "head"), layers=layers)
         writer.result("attn_thumbs", np.stack([run.thumbs[layer] for layer in layers]), ("layer", "head", "t", "t"), layers=layers)
-    rows = lens_rows(writer, engine.info.n_layers)
-    lens = spec.lens
-    if lens is None:
-        lens = cost(len(rows), len(ids), engine.info.d_model, engine.info.d_vocab) <= AUTO_BUDGET
-    if lens and len(rows) > 1:
+    if logits is not None:
         mark = time.perf_counter()
+        rows = lens_rows(writer.has, engine.info.n_layers)
         results = compute_lens(engine, writer, logits.values, ids, rows, progress=progress, should_stop=should_stop)
         for name, values in results.items():
             writer.result(name, values, ("row", "pos", "k")[: values.ndim], rows=rows)
@@ -178,12 +206,12 @@ def _write_summaries(engine: Engine, spec: CaptureSpec, run: _Run, writer: Trace
     return {int(i) for i in vocabulary}
 
 
-def _weight_or_none(engine: Engine) -> Callable[[str], NDArray[np.float32] | None]:
+def _weight_or_none(engine: Engine) -> Callable[[str, NDArray[np.int64]], NDArray[np.float32] | None]:
     """The engine's weights for the integrity check; None for a tensor that the architecture does not have."""
 
-    def weight(name: str) -> NDArray[np.float32] | None:
+    def weight(name: str, rows: NDArray[np.int64]) -> NDArray[np.float32] | None:
         try:
-            return engine.weight(name)
+            return engine.weight(name, rows)
         except LayerscopeError:
             return None
 
@@ -196,7 +224,7 @@ def _blank_thumbnails(n_heads: int, n_tokens: int) -> NDArray[np.uint8]:
 
 
 class _LogitStore:
-    """The run's logits (pos, d_vocab) until their summaries are written: in memory, or in an unlinked file when they are large."""
+    """The run's logits (pos, d_vocab) until the lens is computed: in memory, or in an unlinked file when they are large."""
 
     MEMORY_LIMIT = 256 << 20
 
@@ -211,24 +239,6 @@ class _LogitStore:
 
     def put(self, start: int, rows: NDArray[np.float32]) -> None:
         self.values[start : start + rows.shape[0]] = rows
-
-    def summary(self, ids: list[int]) -> dict[str, NDArray[Any]]:
-        """The datasets of /logits in FORMAT.md."""
-        k = min(TOP_K, self.values.shape[1])
-        n = len(ids)
-        parts: list[dict[str, NDArray[Any]]] = []
-        for start in range(0, n, 64):
-            rows = slice(start, min(start + 64, n))
-            block = np.asarray(self.values[rows])
-            top_ids, top_logprobs = logits_analysis.top_k(block, k)
-            following = np.asarray([*ids[start + 1 : rows.stop + 1], 0][: len(block)])
-            next_logprobs = (block[np.arange(len(block)), following] - logits_analysis.logsumexp(block)).astype(np.float32)
-            parts.append({"top_ids": top_ids, "top_logprobs": top_logprobs, "logsumexp": logits_analysis.logsumexp(block),
-                          "entropy": logits_analysis.entropy(block), "next_logprobs": next_logprobs,
-                          "next_ranks": logits_analysis.rank_of(block, following)})  # fmt: skip
-        parts[-1]["next_logprobs"][-1], parts[-1]["next_ranks"][-1] = np.nan, -1  # nothing follows the last token
-        types = {"top_ids": np.int32, "next_ranks": np.int32}
-        return {name: np.concatenate([p[name] for p in parts]).astype(types.get(name, np.float32)) for name in parts[0]}
 
     def __enter__(self) -> _LogitStore:
         return self

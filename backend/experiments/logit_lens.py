@@ -6,7 +6,7 @@ lens ends exactly where the model does, quantized kernels included.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -19,16 +19,17 @@ from backend.experiments import Context, Progress
 from backend.trace import Trace
 
 TOP_K = 10
-# Multiply-adds that a capture spends on its lens without being asked: about a minute on two cores.
-AUTO_BUDGET = 2e12
+# Multiply-adds that a capture spends on its lens without being asked: a few tenths of a second on two cores. A larger lens is
+# made when somebody looks at it.
+AUTO_BUDGET = 2e10
 # Positions are unembedded in blocks, so that memory is block x d_vocab, whatever the prompt's length.
 BLOCK_BYTES = 64 << 20
 
 
-def lens_rows(trace: Any, n_layers: int) -> list[str]:
+def lens_rows(has: Callable[[str, int | None], bool], n_layers: int) -> list[str]:
     """Names of the lens rows that can be read: "embed" and layer numbers; the last layer is always there (the model's output)."""
-    rows = ["embed"] if trace.has("embed") else []
-    rows += [str(layer) for layer in range(n_layers - 1) if trace.has("resid_post", layer)]
+    rows = ["embed"] if has("embed", None) else []
+    rows += [str(layer) for layer in range(n_layers - 1) if has("resid_post", layer)]
     return [*rows, str(n_layers - 1)]
 
 
@@ -76,7 +77,7 @@ def lens_target(engine: Engine, trace: Trace, token_id: int, *, progress: Progre
     The last row here is norm(resid_post) W_U of the stored residual stream, so on a quantized model it can differ from the
     model's own output by the rounding of its kernels; the integrity report of the trace says by how much.
     """
-    rows = lens_rows(trace, trace.info.n_layers)
+    rows = lens_rows(trace.has, trace.info.n_layers)
     if not trace.has("resid_post", trace.info.n_layers - 1):
         rows = rows[:-1]
     if not rows:
