@@ -44,12 +44,14 @@ class Model:
         return [name for name in SITES if name in self.engine.sites]
 
     def trace(self, prompt: str | None = None, *, tokens: Sequence[int] | None = None, sites: Sequence[str] | None = None,
-              layers: Sequence[int] | None = None, max_new_tokens: int = 0, interventions: Sequence[Intervention] = (),
+              layers: Sequence[int] | None = None, heads: Sequence[tuple[int, int]] | None = None, rows: tuple[int, int] | None = None,
+              max_new_tokens: int = 0, interventions: Sequence[Intervention] = (),
               category: str = "", tags: Sequence[str] = (), precision: Literal["float16", "float32"] = "float16",
               out: str | Path | None = None, sampling: Any = None, progress: Any = None) -> Trace:  # fmt: skip
         """Run a prompt (or token ids) and return its trace, published in the traces folder or in the folder `out`.
 
-        sites: names or aliases (None: the standard set); layers: which layers (None: all). precision "float32" stores every value as
+        sites: names or aliases (None: the standard set); layers: which layers (None: all). heads: (layer, head) pairs, and rows: query
+        positions from rows[0] to before rows[1], limit what is kept of attention maps: what a long prompt needs. precision "float32" stores every value as
         computed. Raises LayerscopeError in one sentence for anything the caller can mend.
         """
         from backend.engines import Sampling
@@ -65,6 +67,8 @@ class Model:
             token_ids=tuple(int(t) for t in tokens) if tokens is not None else None,
             sites=tuple(sites) if sites is not None else None,
             layers=tuple(layers) if layers is not None else None,
+            heads=tuple((int(layer), int(head)) for layer, head in heads) if heads is not None else None,
+            rows=(int(rows[0]), int(rows[1])) if rows is not None else None,
             max_new_tokens=max_new_tokens,
             sampling=sampling or Sampling(),
             interventions=tuple(interventions),

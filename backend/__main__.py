@@ -31,6 +31,8 @@ def trace(
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens to generate before the capture.")] = 0,
     sites: Sites = None,
     layers: Layers = None,
+    heads: Annotated[str | None, typer.Option(help='Attention maps of these heads only, as layer.head: "3.1,2.0". Default: all.')] = None,
+    rows: Annotated[str | None, typer.Option(help='Attention maps of these query positions only: "100-163". Default: all.')] = None,
     category: Annotated[str, typer.Option(help="A label to group traces by.")] = "",
     tag: Annotated[list[str] | None, typer.Option(help="A tag; repeat for more.")] = None,
     precision: Annotated[str, typer.Option(help="float16, or float32 to store every value as computed.")] = "float16",
@@ -51,13 +53,15 @@ def trace(
     Example: python -m backend trace --model demo-dense --prompt "The capital of France is" --max-new-tokens 4
     """
     from backend import Sampling, open_model
-    from backend.sites import parse_layers
+    from backend.sites import parse_heads, parse_layers, parse_rows
 
     with open_model(model, device=device, n_gpu_layers=_auto_or_int(gpu_layers), n_ctx=n_ctx, kv_cache=_one_of("kv cache", kv_cache, ("f16", "f32"))) as opened, _Bar() as bar:
         result = opened.trace(
             prompt,
             sites=_split(sites),
             layers=parse_layers(layers),
+            heads=parse_heads(heads),
+            rows=parse_rows(rows),
             max_new_tokens=max_new_tokens,
             category=category,
             tags=tag or (),

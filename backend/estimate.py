@@ -15,7 +15,7 @@ bytes. The formulas, with n tokens, L layers, and one layer's values of a site c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +66,8 @@ def estimate(
     kv_cache: str = "f16",
     past: Sequence[tuple[int, float]] = (),
     available_bytes: int | None = None,
+    heads: Collection[tuple[int, int]] | None = None,
+    rows: tuple[int, int] | None = None,
 ) -> Estimate:
     """Estimate a capture of `n_tokens` (prompt and new tokens together); sites and layers None: the standard ones, all of them.
 
@@ -74,7 +76,7 @@ def estimate(
     names = _stored(info, sites)
     model, kv = model_bytes(info), kv_bytes(info, n_tokens, kv_cache)
     activations = activation_bytes(info, n_tokens, names)
-    trace = trace_bytes(info, n_tokens, names, layers, precision)
+    trace = trace_bytes(info, n_tokens, names, layers, precision, heads, rows)
     peak = ENGINE_BYTES.get(info.engine, max(ENGINE_BYTES.values())) + model + kv + activations
     free = available_memory() if available_bytes is None else available_bytes
     seconds = _seconds(n_tokens, past)
@@ -103,8 +105,12 @@ def activation_bytes(info: ModelInfo, n_tokens: int, sites: Iterable[str]) -> in
     return 4 * (2 * largest + 3 * hidden + maps) + min(logits, LOGITS_IN_MEMORY) + logits
 
 
-def trace_bytes(info: ModelInfo, n_tokens: int, sites: Iterable[str] | None = None, layers: Iterable[int] | None = None, precision: str = "float16") -> int:
-    """Size of the trace file, an upper estimate: compression of ordinary activations is left out."""
+def trace_bytes(info: ModelInfo, n_tokens: int, sites: Iterable[str] | None = None, layers: Iterable[int] | None = None, precision: str = "float16",
+                heads: Collection[tuple[int, int]] | None = None, rows: tuple[int, int] | None = None) -> int:  # fmt: skip
+    """Size of the trace file, an upper estimate: compression of ordinary activations is left out.
+
+    heads, rows: what is kept of attention maps, as in `backend.engines.Request`.
+    """
     n_layers = info.n_layers if layers is None else len(set(layers))
     size = {"float16": 2, "float32": 4}.get(precision)
     if size is None:
@@ -113,6 +119,10 @@ def trace_bytes(info: ModelInfo, n_tokens: int, sites: Iterable[str] | None = No
     for name in _stored(info, sites):
         site = SITES[name]
         cells = _cells(info, name, n_tokens) * (n_layers if site.per_layer else 1)
+        if site.is_attention_map and heads is not None:
+            cells = cells * len(heads) // (n_layers * info.n_heads)
+        if site.is_attention_map and rows is not None:
+            cells = cells * (rows[1] - rows[0]) // max(n_tokens, 1)
         total += cells * (4 if site.dtype == "int" else size) // (2 if site.is_attention_map else 1)
         if name == "attn_pattern":
             total += n_layers * info.n_heads * min(_THUMB_CELLS, n_tokens * n_tokens)

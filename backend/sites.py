@@ -127,3 +127,23 @@ def parse_layers(text: str | None) -> tuple[int, ...] | None:
             raise LayerscopeError(f"Layers {part.strip()!r} are not a range of layers between 0 and 9999.")
         layers.update(range(low, high + 1))
     return tuple(sorted(layers))
+
+
+def parse_heads(text: str | None) -> tuple[tuple[int, int], ...] | None:
+    """ "3.1, 2.0" -> ((2, 0), (3, 1)), pairs of layer and head; "all" or nothing -> None. Raises LayerscopeError."""
+    if text is None or text.strip().lower() in ("", "all"):
+        return None
+    found = [re.fullmatch(r"\s*(\d{1,4})\.(\d{1,4})\s*", part) for part in text.split(",")]
+    if not all(found):
+        raise LayerscopeError(f'Heads {text[:60]!r} are not of the form "3.1, 2.0" (layer.head) or "all".')
+    return tuple(sorted({(int(match[1]), int(match[2])) for match in found if match}))
+
+
+def parse_rows(text: str | None) -> tuple[int, int] | None:
+    """ "100-163" -> (100, 164), the first position and the one after the last; "all" or nothing -> None. Raises LayerscopeError."""
+    if text is None or text.strip().lower() in ("", "all"):
+        return None
+    match = re.fullmatch(r"\s*(\d{1,9})(?:\s*-\s*(\d{1,9}))?\s*", text)
+    if match is None or int(match[2] or match[1]) < int(match[1]):
+        raise LayerscopeError(f'Rows {text[:60]!r} are not of the form "100-163", positions from first to last, or "all".')
+    return int(match[1]), int(match[2] or match[1]) + 1

@@ -6,6 +6,8 @@ A trace is immutable: everything here only reads. `backend/FORMAT.md` says what 
 from __future__ import annotations
 
 import functools
+import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,10 @@ _SUMS: dict[str, tuple[tuple[str, str, int], ...]] = {
     "mlp_out": (("resid_post", "resid_mid", -1),),
     "resid_mid": (("resid_pre", "attn_out", +1), ("resid_post", "mlp_out", -1)),
 }
+
+
+# A map of all heads that is larger is read head by head: it grows with the square of the prompt.
+_MAP_BYTES = 4 << 30
 
 
 def open_trace(path: str | Path) -> Trace:
@@ -109,7 +115,8 @@ class Trace:
     def __getitem__(self, key: str | tuple[str, int]) -> Array:
         """The values of a site at a layer, float32 (int32 for expert_indices) in the site's dims.
 
-        Raises SiteNotCaptured if the trace holds neither the site nor what it can be derived from.
+        Attention maps of which only some heads or rows were captured are NaN elsewhere. Raises SiteNotCaptured if the trace
+        holds neither the site nor what it can be derived from.
         """
         site, layer = key if isinstance(key, tuple) else (key, None)
         name, named = resolve_site(site)
@@ -125,7 +132,23 @@ class Trace:
         dataset = self._dataset(name, layer)
         if not 0 <= head < dataset.shape[0]:
             raise LayerscopeError(f"Head {head} is outside 0-{dataset.shape[0] - 1}.")
-        return np.asarray(dataset[head, q, k], dtype=np.float32)
+        heads, rows = self.kept(name, layer)
+        if head not in heads:
+            raise LayerscopeError(f"Head {layer}.{head} was not captured; of layer {layer} the trace holds {', '.join(f'{layer}.{h}' for h in heads)}.")
+        values = np.asarray(dataset[head, q, k], dtype=np.float32)
+        if rows != (0, self.n_tokens):
+            at = np.arange(self.n_tokens)[q]
+            values[(at < rows[0]) | (at >= rows[1])] = np.nan
+        return values
+
+    def kept(self, site: str, layer: int | None) -> tuple[list[int], tuple[int, int]]:
+        """Of an attention map: the heads, and the query positions (first to before last), that were captured."""
+        name, named = resolve_site(site)
+        dataset = self._dataset(name, named if named is not None else layer)
+        if "kept" not in dataset.attrs:
+            return list(range(dataset.shape[0])), (0, self.n_tokens)
+        kept = json.loads(dataset.attrs["kept"])
+        return kept["heads"], tuple(kept["rows"])
 
     def source(self, site: str, layer: int | None = None) -> str:
         """The native tensor or module that a stored site came from."""
@@ -153,6 +176,8 @@ class Trace:
 
     def _read(self, site: str, layer: int | None, seen: tuple[str, ...] = ()) -> Array:
         if self._is_stored(site, layer):
+            if SITES[site].is_attention_map and layer is not None:
+                return self._whole_map(site, layer)
             values = self._dataset(site, layer)[...]
             return values if values.dtype.kind == "i" else np.asarray(values, dtype=np.float32)
         if layer is not None and self._can_read(site, layer, ()):
@@ -164,6 +189,16 @@ class Trace:
                 if self._can_read(a, layer, (*seen, site)) and self._can_read(b, layer, (*seen, site)):
                     return self._read(a, layer, (*seen, site)) + sign * self._read(b, layer, (*seen, site))
         raise SiteNotCaptured(site, layer if site in self.stored else None, self.stored, self.stored.get(site, ()))
+
+    def _whole_map(self, site: str, layer: int) -> NDArray[np.float32]:
+        """Every head of an attention map; NaN where it was not captured."""
+        shape = self._dataset(site, layer).shape
+        if 4 * math.prod(shape) > _MAP_BYTES:
+            raise LayerscopeError(f"{site} of layer {layer} takes {4 * math.prod(shape) / 1e9:.1f} GB, the limit is {_MAP_BYTES / 1e9:.1f}; read single heads with trace.head.")
+        whole = np.full(shape, np.nan, np.float32)
+        for head in self.kept(site, layer)[0]:
+            whole[head] = self.head(site, layer, head)
+        return whole
 
     def _head_results(self, layer: int) -> NDArray[np.float32]:
         """Per-head outputs z W_O, (pos, head, d_model); W_O is read from the model's own file."""
@@ -228,11 +263,9 @@ class Trace:
 
     def result_attrs(self, name: str) -> dict[str, Any]:
         """Axis names (`dims`) and labels that belong to a result."""
-        from json import loads
-
         if name not in self._file.get("results", ()):
             raise SiteNotCaptured(name, None, self.results)
-        return loads(self._file["results"][name].attrs["labels"])
+        return json.loads(self._file["results"][name].attrs["labels"])
 
     # -- life ----------------------------------------------------------------------------------------------------------------
 

@@ -36,17 +36,18 @@ class TraceWriter:
     """Writes one trace into `folder`. Leaving the `with` block without `publish` removes what was written.
 
     precision "float16" stores floats in half precision (a site whose values exceed 65,504 as float32); "float32" stores every
-    value as computed.
+    value as computed. `rows`: the query positions, first to before last, that are kept of attention maps; None: all.
     """
 
-    def __init__(self, folder: Path, info: ModelInfo, n_tokens: int, precision: str = "float16", trace_id: str | None = None) -> None:
+    def __init__(self, folder: Path, info: ModelInfo, n_tokens: int, precision: str = "float16", trace_id: str | None = None,
+                 rows: tuple[int, int] | None = None) -> None:  # fmt: skip
         if precision not in ("float16", "float32"):
             raise LayerscopeError(f"Precision {precision!r} is neither float16 nor float32.")
         self.id = check_id(trace_id) if trace_id else new_id()
         self.info, self.n_tokens = info, n_tokens
         self.final = Path(folder) / f"{self.id}{SUFFIX}"
         self.part = Path(folder) / f"{self.id}{PART_SUFFIX}"
-        self._float = np.dtype(precision)
+        self._float, self._rows = np.dtype(precision), rows
         self._open = True
         self._datasets: dict[str, h5py.Dataset] = {}
         self._wide: set[str] = set()  # paths of what float16 cannot hold
@@ -90,11 +91,13 @@ class TraceWriter:
         """Whole chunks go to the encoder; a piece that ends inside a chunk goes through HDF5, which joins it with the next."""
         dataset, is_map = self._datasets[path], SITES[piece.site].is_attention_map
         axis = 1 if is_map else 0
+        heads = piece.heads or range(self.info.n_heads)
         step, stop = dataset.chunks[axis], piece.start + values.shape[axis]
         if piece.start % step or (stop % step and stop != self.n_tokens):
             self._through_hdf5.add(path)
             if is_map:
-                dataset[:, piece.start : stop, : values.shape[2]] = values
+                for head, rows in zip(heads, values, strict=True):
+                    dataset[head, piece.start : stop, : values.shape[2]] = rows
             else:
                 dataset[piece.start : stop] = values
             return
@@ -103,6 +106,7 @@ class TraceWriter:
         for offset, chunk in tiles(values, dataset.chunks, dataset.fillvalue):
             at = list(offset)
             at[axis] += piece.start
+            at[0] = heads[at[0]] if is_map else at[0]
             self._encoder.put(dataset, path, tuple(at), chunk)
 
     def flush(self) -> None:
@@ -114,6 +118,8 @@ class TraceWriter:
         axis = 1 if site.is_attention_map else 0
         n_here = values.shape[axis] if values.ndim > axis else 0
         sizes = {**self.info.dims, "pos": n_here, "q_pos": n_here, "k_pos": piece.start + n_here}
+        if piece.heads is not None:
+            sizes["head"] = len(piece.heads)
         want = tuple(sizes[d] for d in site.dims)
         if values.shape != want or piece.start + n_here > self.n_tokens:
             named = ", ".join(f"{d}={s}" for d, s in zip(site.dims, want, strict=True))
@@ -126,9 +132,12 @@ class TraceWriter:
 
     def _create(self, path: str, piece: Piece, dtype: np.dtype[Any]) -> h5py.Dataset:
         site, n = SITES[piece.site], self.n_tokens
-        shape = (piece.values.shape[0], n, n) if site.is_attention_map else (n, *piece.values.shape[1:])
+        shape = (self.info.n_heads, n, n) if site.is_attention_map else (n, *piece.values.shape[1:])
         fill = -np.inf if piece.site in _NEGATIVE_INFINITY_SITES else 0.0
         attrs: dict[str, str | list[str]] = {"dims": list(site.dims), "source": piece.source}
+        if site.is_attention_map and (piece.heads is not None or self._rows is not None):
+            first, last = self._rows or (0, n)
+            attrs["kept"] = json.dumps({"heads": list(piece.heads or range(self.info.n_heads)), "rows": [first, last]})
         return create(self._file, path, shape, dtype, chunk_shape(site.dims, shape, dtype.itemsize), fill, attrs)
 
     def _widen(self, path: str) -> None:

@@ -16,6 +16,7 @@ from components.card import card
 from components.figures.lens import target_curves
 from components.figures.theme import no_figure
 from components.graph import graph, graph_tools
+from components.lens_values import opened_lens
 from components.services import services
 from components.states import error
 from components.token_label import token_label
@@ -76,9 +77,8 @@ def _watch(trace_id: str, job: dict[str, str]) -> tuple[Any, ...]:
 )  # fmt: skip
 def show_target(token: dict[str, Any] | None, position: int | None, theme: str, page: dict[str, Any]):
     """Curves of the target, or of the token that really follows (known from the capture) while there is none."""
-    trace = services().library.open(page["trace"])
-    at = position_in(trace, position)
-    rows = trace.result_attrs("lens_top_ids")["rows"]
+    trace, lens = opened_lens(page["trace"])
+    at, rows = position_in(trace, position), lens.rows
     values = services().derived.get_array(("lens_target", trace.id, token["token_id"])) if token else None
     here = f"at {token_label(trace.token_texts[at], at in trace.special, 12)} (position {at})"
     if token and values is not None:
@@ -90,7 +90,7 @@ def show_target(token: dict[str, Any] | None, position: int | None, theme: str, 
     if at + 1 == trace.n_tokens:
         return no_figure(theme, "Nothing follows the last token: write a token to follow."), f"Probability and rank of a token {here}."
     label = token_label(trace.token_texts[at + 1], at + 1 in trace.special, 20)
-    figure = target_curves(trace.result("lens_next_logprob")[:, at], trace.result("lens_next_rank")[:, at], rows, label, theme)
+    figure = target_curves(lens.result("lens_next_logprob")[:, at], lens.result("lens_next_rank")[:, at], rows, label, theme)
     return figure, f"Probability and rank of {label}, which follows {here}. Write another token to follow that one."
 
 

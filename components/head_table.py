@@ -32,7 +32,8 @@ def head_table(trace: Trace, metric: str, chosen: tuple[int, int], most: int = 2
     columns = {name: trace.result(f"attn_{name}") for name in METRICS}
     layers = trace.result_attrs(f"attn_{metric}")["layers"]
     sort = columns[metric].ravel() if metric.startswith("entropy") else -columns[metric].ravel()
-    order = np.argsort(sort, kind="stable")[:most]
+    order = np.argsort(sort, kind="stable")
+    order = order[np.isfinite(columns["entropy"].ravel()[order])][:most]  # a head whose map was not captured has no scores
     share = trace.info.n_heads // trace.info.n_kv_heads
     header = [html.Th("Head"), html.Th("KV head", className="num"), *(_column_head(name, name == metric) for name in METRIC_TEXTS)]
     rows = [_table_row(columns, layers, int(i), share, chosen) for i in order]

@@ -27,7 +27,8 @@ def head_grid(trace: Trace, layer: int, head: int) -> html.Div:
     n_heads = trace.info.n_heads
     rows = []
     for row, at in enumerate(layers):
-        cells = [_cell(at, h, chosen=(at, h) == (layer, head), row=row, n_rows=len(layers), n_heads=n_heads) for h in range(n_heads)]
+        kept = trace.kept("attn_pattern", at)[0]
+        cells = [_cell(at, h, chosen=(at, h) == (layer, head), row=row, n_rows=len(layers), n_heads=n_heads) if h in kept else _absent(at, h) for h in range(n_heads)]
         rows.append(html.Div([html.Span(f"L{at}", className="head-layer"), *cells], className="head-row", role="row"))
     style = {f"--thumbs-{theme}": f"url(/thumbs/{trace.id}/{theme}.png)" for theme in ("light", "dark")} | {"--heads": n_heads, "--rows": len(layers)}
     return html.Div(
@@ -39,6 +40,11 @@ def _cell(layer: int, head: int, chosen: bool, row: int, n_rows: int, n_heads: i
     at = f"{100 * head / max(n_heads - 1, 1):.4f}% {100 * row / max(n_rows - 1, 1):.4f}%"
     data = {"data-layer": layer, "data-head": head, "aria-selected": "true" if chosen else "false", "aria-label": f"Head {layer}.{head}"}
     return html.Div(className="head chosen" if chosen else "head", style={"backgroundPosition": at}, title=f"{layer}.{head}", role="gridcell", **data)
+
+
+def _absent(layer: int, head: int) -> html.Div:
+    """The place of a head whose map was not captured; nothing listens to it."""
+    return html.Div(className="head-absent", title=f"{layer}.{head} was not captured", role="gridcell")
 
 
 def head_picker(trace: Trace, layer: int, head: int) -> html.Div:

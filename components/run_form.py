@@ -14,7 +14,7 @@ from dash import dcc, html
 
 from backend.errors import LayerscopeError
 from backend.estimate import Estimate, estimate, rough_tokens
-from backend.sites import ALL_SITES, SITES, STANDARD_SITES, parse_layers, resolve_sites
+from backend.sites import ALL_SITES, SITES, STANDARD_SITES, parse_heads, parse_layers, parse_rows, resolve_sites
 from components.controls import field
 from components.icons import icon
 from components.services import services
@@ -29,13 +29,15 @@ DEFAULT_NEW_TOKENS = 4
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What the form asks for. sites None: the standard set; layers None: all of them."""
+    """What the form asks for. sites None: the standard set; layers, heads, rows None: all of them."""
 
     model: str
     prompt: str
     max_new_tokens: int
     sites: tuple[str, ...] | None
     layers: tuple[int, ...] | None
+    heads: tuple[tuple[int, int], ...] | None
+    rows: tuple[int, int] | None
     precision: str
     category: str
     temperature: float
@@ -57,6 +59,8 @@ class RunRequest:
             max_new_tokens=int(_number(values.get("new"), "New tokens", 0, MAX_NEW_TOKENS)),
             sites=_sites(values.get("preset"), values.get("sites") or ()),
             layers=parse_layers(values.get("layers")),
+            heads=parse_heads(values.get("heads")),
+            rows=parse_rows(values.get("rows")),
             precision="float32" if values.get("precision") == "float32" else "float16",
             category=(values.get("category") or "").strip()[:80],
             temperature=_number(values.get("temperature"), "Temperature", 0, 10),
@@ -68,7 +72,8 @@ class RunRequest:
         sites = list(self.sites) if self.sites else None
         layers = list(self.layers) if self.layers is not None else None
         chosen = {"temperature": self.temperature, "seed": self.seed, "precision": self.precision, "category": self.category}
-        return {"model": self.model, "prompt": self.prompt, "max_new_tokens": self.max_new_tokens, "sites": sites, "layers": layers, **chosen}
+        kept = {"sites": sites, "layers": layers, "heads": self.heads, "rows": self.rows}
+        return {"model": self.model, "prompt": self.prompt, "max_new_tokens": self.max_new_tokens, **kept, **chosen}
 
     def title(self) -> str:
         return f"{self.model}: {one_line(self.prompt, 60)}"
@@ -81,12 +86,15 @@ def cost(request: RunRequest) -> Estimate:
         raise LayerscopeError(entry.error or f"{request.model} cannot be read.")
     if request.layers and request.layers[-1] >= entry.info.n_layers:
         raise LayerscopeError(f"Layer {request.layers[-1]} does not exist: {request.model} has layers 0-{entry.info.n_layers - 1}.")
+    for layer, head in request.heads or ():
+        if layer >= entry.info.n_layers or head >= entry.info.n_heads:
+            raise LayerscopeError(f"Head {layer}.{head} does not exist: {request.model} has layers 0-{entry.info.n_layers - 1} and heads 0-{entry.info.n_heads - 1}.")
     n_tokens = rough_tokens(request.prompt) + request.max_new_tokens
     if n_tokens > 2 * entry.info.n_ctx:  # the estimate is rough; the worker counts the tokens
         raise LayerscopeError(f"The prompt is about {n_tokens:,} tokens, and the context of {request.model} is {entry.info.n_ctx:,}.")
     past = services().library.past_runs(entry.info.name)
     sites = tuple(name for name in STORED_SITES if name != "logits") if request.sites == (ALL_SITES,) else request.sites
-    return estimate(entry.info, n_tokens, sites, request.layers, request.precision, kv_cache=services().settings.kv_cache, past=past)
+    return estimate(entry.info, n_tokens, sites, request.layers, request.precision, kv_cache=services().settings.kv_cache, past=past, heads=request.heads, rows=request.rows)
 
 
 def _number(value: Any, name: str, low: float, high: float) -> float:
@@ -149,6 +157,8 @@ def _more() -> html.Div:
     precision: Any = [{"label": "float16", "value": "float16"}, {"label": "float32 (as computed)", "value": "float32"}]
     return html.Div(
         [
+            field("Attention heads", dcc.Input(id="run-heads", value="all", placeholder="all, or 3.1, 2.0", className="text-input"), "layer.head", id="run-heads"),
+            field("Attention rows", dcc.Input(id="run-rows", value="all", placeholder="all, or 100-163", className="text-input"), "positions that look", id="run-rows"),
             field("Precision", dcc.Dropdown(precision, "float16", id="run-precision", clearable=False, searchable=False), id="run-precision"),
             field("Category", dcc.Input(id="run-category", value="", maxLength=80, placeholder="none", className="text-input"), id="run-category"),
             field("Temperature", dcc.Input(id="run-temperature", type="number", min=0, max=10, step=0.1, value=0, className="text-input"), "0 is greedy", id="run-temperature"),

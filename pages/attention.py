@@ -16,6 +16,7 @@ from backend.analysis.attention import reduce_max
 from backend.trace import Trace
 from components.card import card, cards
 from components.figures.attention import LARGEST, attention_pattern, head_heatmap
+from components.figures.theme import no_figure
 from components.graph import graph, graph_tools
 from components.head_table import METRIC_TEXTS, head_table
 from components.heads import head_grid, head_picker
@@ -100,6 +101,9 @@ def _best_head(trace: Trace, metric: str) -> tuple[int, int]:
 def show_pattern(chosen: dict[str, int], scale: str, position: int | None, theme: str, page: dict[str, Any]):
     layer, head = chosen["layer"], chosen["head"]
     trace = services().library.open(page["trace"])
+    heads, kept_rows = trace.kept("attn_pattern", layer)
+    if head not in heads:
+        return no_figure(theme, f"Head {layer}.{head} was not captured; layer {layer} holds {', '.join(f'{layer}.{h}' for h in heads)}."), f"Pattern of {layer}.{head}", ""
     pattern = trace.head("attn_pattern", layer, head)
     reduced, rows, columns = reduce_max(pattern, LARGEST, LARGEST)
     labels = token_labels(trace.token_texts, trace.special, 12)
@@ -107,7 +111,8 @@ def show_pattern(chosen: dict[str, int], scale: str, position: int | None, theme
     figure.update_layout(uirevision=trace.id)
     group = head // (trace.info.n_heads // trace.info.n_kv_heads)
     keys = f" KV head {group} of {trace.info.n_kv_heads}." if trace.info.n_kv_heads < trace.info.n_heads else ""
-    return figure, f"Pattern of {layer}.{head}", f"Rows look at columns.{keys}"
+    part = f" Captured: rows {kept_rows[0]} to {kept_rows[1] - 1}." if kept_rows != (0, trace.n_tokens) else ""
+    return figure, f"Pattern of {layer}.{head}", f"Rows look at columns.{keys}{part}"
 
 
 @callback(

@@ -1,6 +1,7 @@
 """Logit lens: what the model would say if each layer were its last.
 
-The table was computed at capture. A target token needs the model once more, so following one is a job; its result is kept.
+The table was computed at capture where that was cheap; else it is a job when the page is first opened. A target token needs the
+model once more, so following one is a job too; both results are kept.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from components.card import card, cards
 from components.figures.lens import MODES, depth_curves, lens_table, row_label
 from components.follow_token import follow_card, position_in
 from components.graph import graph, graph_tools
-from components.services import services
+from components.lens_values import LensValues, lens_missing, lens_values, opened_lens
 from components.token_label import token_label, token_labels
 from components.trace_view import trace_page
 from components.url_state import as_choice, keep_url
 
 dash.register_page(__name__, path="/lens", name="Logit lens", order=5, icon="layers", description="What each layer would predict")
 
-REQUIRES = ("lens_top_ids",)
+REQUIRES = ("resid_post",)
 WINDOW = 18  # positions shown at once: as many as can be read side by side
 SHOWN_TOKENS = 5
 
@@ -44,9 +45,12 @@ def layout(trace: str | None = None, mode: str | None = None, target: str | None
 
 
 def _cards(trace: Trace, mode: str, target: str) -> list[Any]:
+    lens = lens_values(trace)
+    if lens is None:
+        return [lens_missing(trace)]
     options: Any = [{"label": title, "value": name} for name, title in MODE_TITLES.items()]
     choose = dcc.Dropdown(options, mode, id="lens-mode", clearable=False, searchable=False, className="picker-metric")
-    n_rows = len(trace.result_attrs("lens_top_ids")["rows"])
+    n_rows = len(lens.rows)
     wide = {"minWidth": 70 + 58 * min(WINDOW, trace.n_tokens)}
     table = html.Div(html.Div(graph("lens-table", height=110 + 30 * n_rows), style=wide), className="table-scroll")
     guesses = card(html.Span("", id="guesses-title"), html.Div(id="lens-guesses", className="table-scroll table-tall"), "The best tokens of each layer, with their probability.")
@@ -61,16 +65,16 @@ def _cards(trace: Trace, mode: str, target: str) -> list[Any]:
     Input("lens-mode", "value"), Input("position", "data"), Input("theme", "data"), State("page-state", "data"),
 )  # fmt: skip
 def show_table(mode: str, position: int | None, theme: str, page: dict[str, Any]):
-    trace = services().library.open(page["trace"])
+    trace, lens = opened_lens(page["trace"])
     at = position_in(trace, position)
     first = min(max(at - WINDOW // 2, 0), max(trace.n_tokens - WINDOW, 0))
     window = slice(first, min(first + WINDOW, trace.n_tokens))
-    ids, logprobs = trace.result("lens_top_ids")[:, window, :SHOWN_TOKENS], trace.result("lens_top_logprobs")[:, window, :SHOWN_TOKENS]
-    values = np.exp(logprobs[:, :, 0]) if mode == "probability" else trace.result({"entropy": "lens_entropy", "kl": "lens_kl", "rank": "lens_next_rank"}[mode])[:, window]
-    texts = [[[token_label(trace.token_text(i)) for i in cell] for cell in row] for row in ids]
+    ids, logprobs = lens.result("lens_top_ids")[:, window, :SHOWN_TOKENS], lens.result("lens_top_logprobs")[:, window, :SHOWN_TOKENS]
+    values = np.exp(logprobs[:, :, 0]) if mode == "probability" else lens.result({"entropy": "lens_entropy", "kl": "lens_kl", "rank": "lens_next_rank"}[mode])[:, window]
+    texts = [[[token_label(lens.token_text(i)) for i in cell] for cell in row] for row in ids]
     labels = token_labels(trace.token_texts, trace.special, 10)
     following = [*labels[window.start + 1 : window.stop + 1], ""][: window.stop - first]
-    figure = lens_table(values, texts, logprobs, trace.result_attrs("lens_top_ids")["rows"], labels[window], first, mode, at, theme, following)
+    figure = lens_table(values, texts, logprobs, lens.rows, labels[window], first, mode, at, theme, following)
     said = f"Positions {first} to {window.stop - 1} of {trace.n_tokens}; choose a token above to move. " if trace.n_tokens > WINDOW else ""
     written = "Written and coloured: the rank of the token that follows." if mode == "rank" else f"Written: the most probable next token. Colour: {MODES[mode]}."
     return figure, said + written
@@ -86,24 +90,23 @@ def choose_clicked(click: dict[str, Any] | None):
     Input("position", "data"), Input("theme", "data"), State("page-state", "data"),
 )  # fmt: skip
 def show_position(position: int | None, theme: str, page: dict[str, Any]):
-    trace = services().library.open(page["trace"])
+    trace, lens = opened_lens(page["trace"])
     at = position_in(trace, position)
-    rows = trace.result_attrs("lens_top_ids")["rows"]
     label = token_label(trace.token_texts[at], at in trace.special, 16)
-    curves = {"KL(model || layer), nats": trace.result("lens_kl")[:, at], "entropy, nats": trace.result("lens_entropy")[:, at]}
+    curves = {"KL(model || layer), nats": lens.result("lens_kl")[:, at], "entropy, nats": lens.result("lens_entropy")[:, at]}
     said = f"At {label} (position {at}): how far each layer is from the model's own prediction, and how undecided it is."
-    return _guesses(trace, rows, at), f"Guesses after {label}", depth_curves(curves, rows, theme), said
+    return _guesses(lens, at), f"Guesses after {label}", depth_curves(curves, lens.rows, theme), said
 
 
-def _guesses(trace: Trace, rows: list[str], at: int) -> html.Table:
+def _guesses(lens: LensValues, at: int) -> html.Table:
     """The best tokens of each row at one position, the model's own output first."""
-    ids, logprobs = trace.result("lens_top_ids")[:, at, :SHOWN_TOKENS], trace.result("lens_top_logprobs")[:, at, :SHOWN_TOKENS]
-    ranks, follows = trace.result("lens_next_rank")[:, at], at + 1 < trace.n_tokens
+    ids, logprobs = lens.result("lens_top_ids")[:, at, :SHOWN_TOKENS], lens.result("lens_top_logprobs")[:, at, :SHOWN_TOKENS]
+    ranks, follows, rows = lens.result("lens_next_rank")[:, at], at + 1 < lens.trace.n_tokens, lens.rows
     header = [html.Th("Layer"), *(html.Th(f"{i + 1}.") for i in range(ids.shape[1])), html.Th("Rank of next", className="num") if follows else None]
     body = []
     for r in reversed(range(len(rows))):
         cells = [
-            html.Td([html.Div(token_label(trace.token_text(i), max_length=14), className="chip-token"), html.Div(f"{np.exp(lp):.3f}", className="muted small")])
+            html.Td([html.Div(token_label(lens.token_text(i), max_length=14), className="chip-token"), html.Div(f"{np.exp(lp):.3f}", className="muted small")])
             for i, lp in zip(ids[r], logprobs[r], strict=True)
         ]
         body.append(html.Tr([html.Td(row_label(rows[r])), *cells, html.Td(f"{ranks[r] + 1:,}", className="num") if follows else None]))

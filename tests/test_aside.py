@@ -46,6 +46,15 @@ def test_the_engine_is_never_more_than_a_few_layers_ahead():
     assert len(seen) == 8 and max(seen) <= LAYERS_HELD
 
 
+def test_large_pieces_wait_for_each_other(monkeypatch):
+    monkeypatch.setattr("backend.experiments.aside.BYTES_HELD", 1000)
+    held: list[int] = []
+    with Aside(lambda p: held.append(aside._n_bytes)) as aside:
+        for _ in range(6):
+            aside.put(piece(0, np.zeros(200, np.float32)))  # 800 bytes each
+    assert held == [800] * 6
+
+
 def test_a_failure_beside_the_engine_stops_the_engine_and_is_its_own_error():
     class Full(Exception):
         pass

@@ -1,14 +1,16 @@
 """A captured trace says what the model did: both engines, every result, and nothing left behind when it fails."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from backend.analysis import attention
 from backend.engines import OpenOptions, Piece, Request, open_engine
 from backend.errors import Cancelled, LayerscopeError
 from backend.experiments.capture import CaptureSpec, capture
-from backend.experiments.logit_lens import lens_target
+from backend.experiments.logit_lens import lens_of_trace, lens_target
 from backend.intervention import Intervention
 from backend.trace import Trace
 
@@ -101,8 +103,6 @@ def test_a_target_in_the_lens_is_its_logprob_at_every_row(engine, trace):
 
 
 def test_head_metrics_are_those_of_the_stored_pattern(trace):
-    from backend.analysis import attention
-
     for layer in range(3):
         expected = attention.head_metrics(trace["attn_pattern", layer], trace.token_ids)
         for name, values in expected.items():
@@ -190,3 +190,49 @@ def test_cancelling_stops_within_a_layer_and_leaves_the_engine_as_it_was(engine,
         capture(engine, CaptureSpec(PROMPT), tmp_path, should_stop=stop_after_some)
     assert list(tmp_path.iterdir()) == []
     np.testing.assert_array_equal(direct(engine, [0, 5, 9], ("logits", None))[0], before)
+
+
+def test_only_the_heads_and_rows_asked_for_are_kept_of_attention_maps(engine, tmp_path):
+    ids = tuple(i * 7 % 300 for i in range(600))  # two pieces
+    spec = CaptureSpec(token_ids=ids, sites=("attn_pattern", "attn_scores", "resid_post"), precision="float32", lens=False)
+    part = dataclasses.replace(spec, heads=((2, 3), (0, 1)), rows=(500, 520))
+    with Trace(capture(engine, spec, tmp_path)) as whole, Trace(capture(engine, part, tmp_path)) as trace:
+        assert trace.stored == {"attn_scores": [0, 2], "attn_pattern": [0, 2], "resid_post": [0, 1, 2]}
+        assert trace.kept("attn_pattern", 2) == ([3], (500, 520))
+        for site in ("attn_pattern", "attn_scores"):
+            got, expected = trace.head(site, 2, 3), whole.head(site, 2, 3)
+            # PyTorch's fused kernel runs where no map is wanted, and rounds otherwise than the maps' own arithmetic.
+            np.testing.assert_allclose(got[500:520], expected[500:520], rtol=1e-4, atol=1e-5)
+            assert np.isnan(got[:500]).all() and np.isnan(got[520:]).all()
+            np.testing.assert_array_equal(trace.head(site, 2, 3, q=slice(510, 512), k=slice(3, 9)), got[510:512, 3:9])
+            np.testing.assert_array_equal(np.isfinite(trace[site, 2]).any(axis=(1, 2)), [False, False, False, True])
+        with pytest.raises(LayerscopeError, match=r"Head 2\.0 was not captured; of layer 2 the trace holds 2\.3"):
+            trace.head("attn_pattern", 2, 0)
+        means = attention.RowMeans()
+        means.add(attention.row_scores(whole.head("attn_pattern", 2, 3)[None, 500:520, :520], ids, 500))
+        for name, value in means.means().items():
+            np.testing.assert_allclose(trace.result(f"attn_{name}")[1], [np.nan] * 3 + [value[0]], rtol=1e-4)
+        assert trace.integrity["pattern_rows"]["ok"] and trace.integrity["pattern_rows"]["checked"] == 4
+        assert trace.path.stat().st_size < 0.5 * whole.path.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("heads", "rows", "sentence"),
+    [(((9, 0),), None, "Layer 9 is outside 0-2"), (((0, 4),), None, r"Head 0\.4 is outside heads 0-3"), (None, (3, 99), "Attention rows 3-98 are not inside the")],
+)
+def test_heads_and_rows_that_are_not_there_are_refused(engine, tmp_path, heads, rows, sentence):
+    with pytest.raises(LayerscopeError, match=sentence):
+        capture(engine, CaptureSpec(PROMPT, heads=heads, rows=rows), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lens_made_later_is_the_lens_that_the_capture_makes(engine, tmp_path):
+    with Trace(capture(engine, CaptureSpec(PROMPT, precision="float32", lens=True), tmp_path)) as with_lens, \
+         Trace(capture(engine, CaptureSpec(PROMPT, precision="float32", lens=False), tmp_path)) as without:  # fmt: skip
+        assert "lens_kl" not in without.results
+        rows, later = lens_of_trace(engine, without, progress=lambda *_: None, should_stop=lambda: False)
+        assert rows == with_lens.result_attrs("lens_kl")["rows"]
+        for name, values in later.items():
+            expected = with_lens.result(name)
+            assert values.dtype == expected.dtype, name
+            np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-4, err_msg=name)

@@ -174,12 +174,14 @@ class Pairs:
 def reduce_max(values: Pattern, rows: int, columns: int) -> tuple[NDArray, NDArray[np.int64], NDArray[np.int64]]:
     """Shrink a map (..., q, k) to at most rows x columns, keeping the largest value of each cell: no strong link is lost.
 
+    NaN marks rows that were not captured: a cell is NaN where all of it is.
+
     Returns the map and the edges of its rows and columns: cell (a, b) stands for [row_edges[a]:row_edges[a+1],
     column_edges[b]:column_edges[b+1]].
     """
     row_edges = bucket_edges(values.shape[-2], min(rows, values.shape[-2]))
     column_edges = bucket_edges(values.shape[-1], min(columns, values.shape[-1]))
-    reduced = np.maximum.reduceat(np.maximum.reduceat(values, row_edges[:-1], axis=-2), column_edges[:-1], axis=-1)
+    reduced = np.fmax.reduceat(np.fmax.reduceat(values, row_edges[:-1], axis=-2), column_edges[:-1], axis=-1)
     return reduced, row_edges, column_edges
 
 

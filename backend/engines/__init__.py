@@ -8,8 +8,9 @@ a plain NumPy array in the dims of `backend.sites`; nothing above this package i
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -19,13 +20,15 @@ from numpy.typing import NDArray
 from backend.errors import LayerscopeError
 from backend.intervention import Intervention
 from backend.model_info import ModelInfo
+from backend.sites import SITES
 
 
 @dataclass(frozen=True)
 class Piece:
     """One layer's values of one site for positions `start` to `start + n` of the prompt.
 
-    values: float32 (int32 for expert_indices) in the site's dims. For attention maps: (head, n, start + n), keys from 0.
+    values: float32 (int32 for expert_indices) in the site's dims. For attention maps: (head, n, start + n), keys from 0;
+    `heads` names the heads that they hold, None: all of them, as an engine hands them out.
     The array belongs to the receiver only until it returns from the sink, and may be the model's own memory: copy what must
     outlive the call, unless it is `owned`, made for this piece alone.
     """
@@ -36,6 +39,7 @@ class Piece:
     values: NDArray[Any]
     source: str  # native tensor or module name, for the trace's record
     owned: bool = False
+    heads: tuple[int, ...] | None = None
 
 
 DEFAULT_CONTEXT = 8192  # tokens; more only when asked for
@@ -55,13 +59,36 @@ def no_sink(piece: Piece) -> None:
 
 @dataclass(frozen=True)
 class Request:
-    """What a run captures: the sites and, for sites that have layers, which layers (None: all)."""
+    """What a run captures: the sites and, for sites that have layers, which layers (None: all).
+
+    heads, rows: what is kept of attention maps: (layer, head) pairs, and the query positions from rows[0] to before rows[1].
+    None: all. Engines leave out layers and pieces of which nothing is kept; `cut` takes what is kept out of the rest.
+    """
 
     sites: tuple[str, ...]
     layers: tuple[int, ...] | None = None
+    heads: tuple[tuple[int, int], ...] | None = None
+    rows: tuple[int, int] | None = None
 
-    def wants(self, site: str, layer: int | None) -> bool:
-        return site in self.sites and (layer is None or self.layers is None or layer in self.layers)
+    def wants(self, site: str, layer: int | None, start: int = 0, n: int = sys.maxsize) -> bool:
+        """Whether anything of this site is kept of positions `start` to `start + n`."""
+        if site not in self.sites or not (layer is None or self.layers is None or layer in self.layers):
+            return False
+        if not SITES[site].is_attention_map:
+            return True
+        return (self.heads is None or any(at == layer for at, _ in self.heads)) and (self.rows is None or (start < self.rows[1] and self.rows[0] < start + n))
+
+    def cut(self, piece: Piece) -> Piece | None:
+        """The part of a piece of an attention map that is kept; any other piece as it is. None: nothing."""
+        if not SITES[piece.site].is_attention_map or (self.heads is None and self.rows is None):
+            return piece
+        n_heads, n, _ = piece.values.shape
+        heads = tuple(range(n_heads)) if self.heads is None else tuple(sorted({head for at, head in self.heads if at == piece.layer}))
+        first, last = (piece.start, piece.start + n) if self.rows is None else (max(self.rows[0], piece.start), min(self.rows[1], piece.start + n))
+        if not heads or first >= last:
+            return None
+        kept = piece.values[list(heads), first - piece.start : last - piece.start, :last]
+        return replace(piece, start=first, values=kept, heads=heads, owned=True)
 
 
 @dataclass(frozen=True)
@@ -165,9 +192,14 @@ def check_request(info: ModelInfo, available: frozenset[str], request: Request, 
     missing = [site for site in request.sites if site not in available]
     if missing:
         raise LayerscopeError(f"{info.name} ({info.architecture}) has no site {missing[0]!r}; it has {', '.join(sorted(available))}.")
-    outside = [layer for layer in request.layers or () if not 0 <= layer < info.n_layers]
+    outside = [layer for layer in (*(request.layers or ()), *(layer for layer, _ in request.heads or ())) if not 0 <= layer < info.n_layers]
     if outside:
         raise LayerscopeError(f"Layer {outside[0]} is outside 0-{info.n_layers - 1} of {info.name}.")
+    for layer, head in request.heads or ():
+        if not 0 <= head < info.n_heads:
+            raise LayerscopeError(f"Head {layer}.{head} is outside heads 0-{info.n_heads - 1} of {info.name}.")
+    if request.rows is not None and not 0 <= request.rows[0] < request.rows[1] <= len(ids):
+        raise LayerscopeError(f"Attention rows {request.rows[0]:,}-{request.rows[1] - 1:,} are not inside the {len(ids):,} tokens of the run.")
 
 
 def default_threads() -> int:

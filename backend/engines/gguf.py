@@ -194,10 +194,11 @@ class GgufEngine:
                 raise LayerscopeError(f"{self.info.name} ({self.info.architecture}) has no site {site!r}{at} to edit.")
         return Tap(self.info, self.info.architecture in ROTARY_INTERLEAVED, self._table.window_period, request, sink, by_place, should_stop, n_tokens)
 
-    def _stops(self, tap: Tap) -> Iterable[Place]:
+    def _stops(self, tap: Tap, n: int) -> Iterable[Place]:
+        """Where to stop while the `n` tokens from `tap.start` on are run."""
         asks_at_layers = tap.should_stop is not never_stop
         for (site, layer), place in self._places.items():
-            if tap.request.wants(site, layer) or (site, layer) in tap.edits or (asks_at_layers and site == "resid_post"):
+            if tap.request.wants(site, layer, tap.start, n) or (site, layer) in tap.edits or (asks_at_layers and site == "resid_post"):
                 yield place
 
     def _prefill(self, ids: list[int], tap: Tap, piece: int, n_ctx: int, all_outputs: bool) -> Context:
@@ -212,7 +213,7 @@ class GgufEngine:
         if tap.should_stop():
             raise Cancelled
         tap.start = start
-        self._watch.want(self._stops(tap), tap.visit)
+        self._watch.want(self._stops(tap, len(ids)), tap.visit)
         try:
             context.decode(ids, start, all_outputs or bool(tap.edits))
         finally:

@@ -51,7 +51,7 @@ def tapped_attention(
         if changed is not None:
             by_position.copy_(changed)
     # PyTorch's fused kernel has no soft-cap.
-    if softcap is not None or tap.touches("attn_scores", layer) or tap.touches("attn_pattern", layer):
+    if softcap is not None or tap.touches("attn_scores", layer, n) or tap.touches("attn_pattern", layer, n):
         z = _attend(tap, layer, source, query, key, value, attention_mask, scaling, softcap)
     else:
         z, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)

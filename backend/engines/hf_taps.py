@@ -36,8 +36,9 @@ class Tap:
         self.edits = edits_by_place(edits)
         self.start = 0
 
-    def touches(self, site: str, layer: int | None) -> bool:
-        return self.edited(site, layer) or self.request.wants(site, layer)
+    def touches(self, site: str, layer: int | None, n: int = 1) -> bool:
+        """Whether the site is edited, or anything of it wanted of the `n` positions that run now."""
+        return self.edited(site, layer) or self.request.wants(site, layer, self.start, n)
 
     def edited(self, site: str, layer: int | None) -> bool:
         return (site, layer) in self.edits
@@ -54,7 +55,7 @@ class Tap:
                 values = apply(edit, values, self.start, self.n_tokens)
             changed = _to_tensor(values, tensor)
             changed = valid(changed) if valid else changed
-        if self.request.wants(site, layer):
+        if self.request.wants(site, layer, self.start, tensor.shape[1 if SITES[site].is_attention_map else 0]):
             kept = tensor if changed is None else changed
             values = to_numpy(kept).view()
             values.flags.writeable = False  # on a CPU it is the model's own memory

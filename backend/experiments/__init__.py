@@ -47,10 +47,16 @@ def _capture(context: Context, params: dict[str, Any]) -> dict[str, Any]:
     return capture_job(context, params)
 
 
+def _lens(context: Context, params: dict[str, Any]) -> dict[str, Any]:
+    from backend.experiments.logit_lens import lens_job
+
+    return lens_job(context, params)
+
+
 def _lens_target(context: Context, params: dict[str, Any]) -> dict[str, Any]:
     from backend.experiments.logit_lens import lens_target_job
 
     return lens_target_job(context, params)
 
 
-KINDS: dict[str, Experiment] = {"capture": _capture, "lens_target": _lens_target}
+KINDS: dict[str, Experiment] = {"capture": _capture, "lens": _lens, "lens_target": _lens_target}

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,8 @@ class CaptureSpec:
     token_ids: tuple[int, ...] | None = None  # instead of the prompt's text
     sites: tuple[str, ...] | None = None  # None: STANDARD_SITES, as far as the model has them
     layers: tuple[int, ...] | None = None
+    heads: tuple[tuple[int, int], ...] | None = None  # (layer, head) pairs whose attention maps are kept; None: all
+    rows: tuple[int, int] | None = None  # query positions of the attention maps that are kept, first to before last; None: all
     max_new_tokens: int = 0
     sampling: Sampling = Sampling()
     interventions: tuple[Intervention, ...] = ()
@@ -81,12 +83,18 @@ def capture(engine: Engine, spec: CaptureSpec, folder: Path, *, progress: Progre
         ids = prompt_ids + engine.generate(prompt_ids, spec.max_new_tokens, spec.sampling, count, edits, should_stop)
         timings["generate_s"] = time.perf_counter() - started
     _check_disk(engine, request, len(ids), folder, spec.precision)
-    with TraceWriter(folder, engine.info, len(ids), spec.precision, trace_id) as writer, ExitStack() as stack:
+    with TraceWriter(folder, engine.info, len(ids), spec.precision, trace_id, spec.rows) as writer, ExitStack() as stack:
         logits = stack.enter_context(_LogitStore(len(ids), engine.info.d_vocab, folder)) if _wants_lens(engine, spec, request, len(ids)) else None
         run = _Run(engine, edits, ids, writer, logits, progress, keep_logits="logits" in request.sites)
         mark = time.perf_counter()
         with Aside(run.take) as aside:
-            engine.run(ids, Request((*request.sites, "logits"), request.layers), aside.put, edits, should_stop)
+
+            def sink(piece: Piece) -> None:
+                kept = request.cut(piece)
+                if kept is not None:
+                    aside.put(kept)
+
+            engine.run(ids, replace(request, sites=(*request.sites, "logits")), sink, edits, should_stop)
             timings["run_s"] = time.perf_counter() - mark
         vocabulary = _write_summaries(engine, run, writer, logits, ids, progress, should_stop, timings)
         progress("publishing", 0, 1)
@@ -103,7 +111,7 @@ def capture(engine: Engine, spec: CaptureSpec, folder: Path, *, progress: Progre
             response=engine.detokenize(ids[len(prompt_ids) :]),
             generation={"max_new_tokens": spec.max_new_tokens, **asdict(spec.sampling)},
             interventions=[edit.to_json() for edit in spec.interventions],
-            capture={"sites": list(request.sites), "layers": list(request.layers) if request.layers is not None else None, "precision": spec.precision},
+            capture={**{name: value for name, value in asdict(request).items() if name == "layers" or value is not None}, "precision": spec.precision},
             timings={name: round(value, 4) for name, value in timings.items()},
             integrity=run.identities.report(),
             command=command_line(engine.info.name, spec),
@@ -122,7 +130,8 @@ class _Run:
         self._predictions: list[dict[str, NDArray[Any]]] = []
         self.identities = Identities(engine.info, weight=_weight_or_none(engine), unembed=engine.unembed, edited=edits_by_place(edits),
                                      limits=tolerances(engine.info.engine, engine.compute))  # fmt: skip
-        self.n_layers = engine.info.n_layers
+        self.n_layers, self._n_heads = engine.info.n_layers, engine.info.n_heads
+        self._heads: dict[int, list[int]] = {}  # of each layer, those whose maps are kept
         self._means: dict[int, attention_analysis.RowMeans] = {}
         self.thumbs: dict[int, NDArray[np.uint8]] = {}
         self._layer = -1
@@ -142,7 +151,7 @@ class _Run:
                 return
         self.writer.write(piece)
         if piece.site == "attn_pattern" and piece.layer is not None:
-            self._head_summaries(piece.layer, piece.start, piece.values)
+            self._head_summaries(piece.layer, piece)
 
     def _tell(self, layer: int, start: int, n_here: int) -> None:
         """Progress in layers; a long prompt goes through all of them once a piece."""
@@ -150,11 +159,14 @@ class _Run:
         pieces = -(-len(self.ids) // self._piece)
         self.progress("running", start // self._piece * self.n_layers + layer + 1, pieces * self.n_layers)
 
-    def _head_summaries(self, layer: int, start: int, pattern: NDArray[np.float32]) -> None:
+    def _head_summaries(self, layer: int, piece: Piece) -> None:
         means = self._means.setdefault(layer, attention_analysis.RowMeans())
-        means.add(attention_analysis.row_scores(pattern, self.ids, start, self._links))
-        thumbs = self.thumbs.setdefault(layer, _blank_thumbnails(pattern.shape[0], len(self.ids)))
-        attention_analysis.add_to_thumbnails(thumbs, pattern, start, len(self.ids))
+        means.add(attention_analysis.row_scores(piece.values, self.ids, piece.start, self._links))
+        thumbs = self.thumbs.setdefault(layer, _blank_thumbnails(self._n_heads, len(self.ids)))
+        self._heads[layer] = list(piece.heads or range(self._n_heads))
+        painted = thumbs[self._heads[layer]]
+        attention_analysis.add_to_thumbnails(painted, piece.values, piece.start, len(self.ids))
+        thumbs[self._heads[layer]] = painted
 
     def predictions(self) -> dict[str, NDArray[Any]]:
         """The datasets of /logits in FORMAT.md, over all pieces."""
@@ -163,8 +175,13 @@ class _Run:
         return joined
 
     def head_metrics(self) -> dict[int, dict[str, NDArray[np.float32]]]:
-        """Layer -> metric -> (head,), over all pieces."""
-        return {layer: means.means() for layer, means in sorted(self._means.items())}
+        """Layer -> metric -> (head,), over all pieces; NaN for a head that was left out."""
+        every: dict[int, dict[str, NDArray[np.float32]]] = {}
+        for layer, means in sorted(self._means.items()):
+            every[layer] = {name: np.full(self._n_heads, np.nan, np.float32) for name in attention_analysis.METRICS}
+            for name, values in means.means().items():
+                every[layer][name][self._heads[layer]] = values
+        return every
 
 
 def summaries(logits: NDArray[np.float32], start: int, ids: list[int]) -> list[dict[str, NDArray[Any]]]:
@@ -266,7 +283,8 @@ def _request(engine: Engine, spec: CaptureSpec) -> Request:
             sites = resolve_sites({*sites, *(need for s in resolve_sites(spec.sites) for need in _NEEDS.get(s, ()))})
     if spec.max_new_tokens < 0:
         raise LayerscopeError(f"The number of new tokens is {spec.max_new_tokens}; it must be 0 or more.")
-    return Request(sites, tuple(sorted(set(spec.layers))) if spec.layers is not None else None)
+    heads = tuple(sorted(set(spec.heads))) if spec.heads is not None else None
+    return Request(sites, tuple(sorted(set(spec.layers))) if spec.layers is not None else None, heads, spec.rows)
 
 
 def command_line(model: str, spec: CaptureSpec) -> list[str]:
@@ -278,6 +296,8 @@ def command_line(model: str, spec: CaptureSpec) -> list[str]:
     options = {"max-new-tokens": (spec.max_new_tokens, 0), "category": (spec.category, ""), "precision": (spec.precision, plain.precision)}
     options |= {name.replace("_", "-"): (value, asdict(plain.sampling)[name]) for name, value in sampling.items()}
     options |= {"sites": (",".join(spec.sites or ()), ""), "layers": (",".join(map(str, spec.layers or ())), "")}
+    options |= {"heads": (",".join(f"{layer}.{head}" for layer, head in spec.heads or ()), "")}
+    options |= {"rows": (f"{spec.rows[0]}-{spec.rows[1] - 1}" if spec.rows else "", "")}
     for name, (value, default) in options.items():
         words += [f"--{name}", str(value)] if value != default else []
     return words + [word for tag in spec.tags for word in ("--tag", tag)]
@@ -291,7 +311,7 @@ def _check_disk(engine: Engine, request: Request, n_tokens: int, folder: Path, p
     from backend.estimate import trace_bytes
 
     folder.mkdir(parents=True, exist_ok=True)
-    need = trace_bytes(engine.info, n_tokens, request.sites, request.layers, precision)
+    need = trace_bytes(engine.info, n_tokens, request.sites, request.layers, precision, heads=request.heads, rows=request.rows)
     free = shutil.disk_usage(folder).free
     if need + DISK_RESERVE > free:
         raise LayerscopeError(f"The trace needs about {need / 1e6:,.0f} MB and {DISK_RESERVE / 1e6:,.0f} MB are kept free, but {folder} has {free / 1e6:,.0f} MB left.")
@@ -306,6 +326,8 @@ def capture_job(context: Context, params: dict[str, Any]) -> dict[str, Any]:
         prompt=params.get("prompt", ""),
         sites=tuple(params["sites"]) if params.get("sites") else None,
         layers=tuple(params["layers"]) if params.get("layers") else None,
+        heads=tuple((int(layer), int(head)) for layer, head in params["heads"]) if params.get("heads") else None,
+        rows=(int(params["rows"][0]), int(params["rows"][1])) if params.get("rows") else None,
         max_new_tokens=int(params.get("max_new_tokens", 0)),
         sampling=Sampling(**{name: params[name] for name in ("temperature", "top_k", "top_p", "min_p", "seed") if name in params}),
         category=params.get("category", ""),

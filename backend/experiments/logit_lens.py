@@ -71,6 +71,47 @@ def compute_lens(engine: Engine, trace: Any, final_logits: NDArray[np.float32], 
     return {f"lens_{name}": np.stack([row[name] for row in by_row]) for name in by_row[0]}
 
 
+def lens_of_trace(engine: Engine, trace: Trace, *, k: int = TOP_K, progress: Progress, should_stop: ShouldStop) -> tuple[list[str], dict[str, NDArray[Any]]]:
+    """Rows and results of the lens of a finished trace, computed from its stored residual stream.
+
+    The last row is what the trace says of the model's own output. KL is against norm(resid_post) W_U of the last layer, which on a
+    quantized model differs from that output by the rounding of its kernels, and in half precision by that of the stored stream.
+    """
+    last = trace.info.n_layers - 1
+    rows = lens_rows(trace.has, trace.info.n_layers)
+    if len(rows) < 2 or not trace.has("resid_post", last):
+        raise LayerscopeError(f"The lens needs the residual stream: capture embed and resid_post of all layers up to {last}.")
+    final_stream = trace["resid_post", last]
+    parts: dict[str, dict[str, list[NDArray[Any]]]] = {row: {} for row in rows[:-1]}
+    blocks = list(position_blocks(trace.n_tokens, trace.info.d_vocab))
+    for number, block in enumerate(blocks):
+        seen = slice(block.start, min(block.stop + 1, trace.n_tokens))  # its last position sees the token that follows
+        final = engine.unembed(final_stream[seen])
+        for at, row in enumerate(rows[:-1]):
+            if should_stop():
+                raise Cancelled
+            progress("logit lens", number * (len(rows) - 1) + at, len(blocks) * (len(rows) - 1))
+            resid = (trace["embed"] if row == "embed" else trace["resid_post", int(row)])[seen]
+            for name, values in lens_analysis.lens_row(engine.unembed(resid), final, trace.token_ids[seen], k).items():
+                parts[row].setdefault(name, []).append(values[: block.stop - block.start])
+    own = {"top_ids": trace.top_ids[:, :k], "top_logprobs": trace.top_logprobs[:, :k], "entropy": trace.entropy, "kl": np.zeros(trace.n_tokens, np.float32),
+           "next_logprob": trace.next_logprobs, "next_rank": trace.next_ranks}  # fmt: skip
+    return rows, {f"lens_{name}": np.stack([*(np.concatenate(parts[row][name]) for row in rows[:-1]), values]) for name, values in own.items()}
+
+
+def lens_job(context: Context, params: dict[str, Any]) -> dict[str, Any]:
+    """Job: {trace_id} -> {rows}; the arrays go to the derived cache under (name, trace_id), the rows under ("lens_rows", trace_id)."""
+    with Trace(context.library.path_of(params["trace_id"])) as trace:
+        context.progress("loading model", 0, 1)
+        rows, results = lens_of_trace(context.engine(trace.info.name, {}), trace, progress=context.progress, should_stop=context.should_stop)
+        for name, values in results.items():
+            context.derived.put_array((name, trace.id), values)
+        context.derived.put_json(("lens_rows", trace.id), rows)
+        texts = {int(i): text for ids in [np.unique(results["lens_top_ids"])] for i, text in zip(ids, context.engine(trace.info.name, {}).token_texts(ids.tolist()), strict=True)}
+        context.derived.put_json(("lens_texts", trace.id), texts)
+    return {"rows": rows}
+
+
 def lens_target(engine: Engine, trace: Trace, token_id: int, *, progress: Progress, should_stop: ShouldStop) -> NDArray[np.float32]:
     """Log-prob (nats) and rank (0 = best) of one token at every lens row and position: float32 (2, row, pos).
 
