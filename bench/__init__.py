@@ -2,9 +2,9 @@
 
     measure       cases in processes of their own, run in turn: times, ratios, peak memory
     models        the random models that are measured, made once
-    run_*         the cases: this program, plain llama.cpp, plain transformers, TransformerLens, nnsight
+    run_*         the cases: Layerscope, plain llama.cpp, plain transformers, TransformerLens, nnsight
     gguf hf size growth gpu peers   one section of docs/benchmarks.md each
     report        the machine, the tables, the document
 
-`python -m bench gguf` prints one section. The peers live in an environment of their own (`make peers-env`).
+`python -m bench gguf` measures one section. The peers live in an environment of their own (`make peers-env`).
 """

@@ -73,7 +73,8 @@ class Case:
     """A running child, `python -m bench.<module> <arguments as JSON>`. Use as a context manager."""
 
     def __init__(self, module: str, *, python: Path = PYTHON, **arguments: Any) -> None:
-        self.what, self._python = f"{module} {json.dumps(arguments)}", python
+        said = {name: value for name, value in arguments.items() if not isinstance(value, list)}
+        self.what, self._python = f"{module} {said}", python
         self._words = ["-m", f"bench.{module}", json.dumps({"n_threads": n_threads(), **arguments})]
 
     def __enter__(self) -> Case:

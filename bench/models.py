@@ -57,6 +57,8 @@ def hf_folder(sizes: Sizes = BASE) -> Path:
     """The model as a folder of float32 safetensors, made on first use."""
     from safetensors.numpy import save_file
 
+    from tests.tiny_models import save_tokenizer
+
     folder = FOLDER / _name(sizes)
     if folder.is_dir():
         return folder
@@ -66,6 +68,7 @@ def hf_folder(sizes: Sizes = BASE) -> Path:
         rng = np.random.default_rng(0)
         tensors = {name: _random(rng, shape) for name, shape in sizes.shapes.items()}
         save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+        save_tokenizer(part)  # TransformerLens opens no model without one
         (part / "config.json").write_text(json.dumps(_config(sizes), indent=1))
         part.rename(folder)
     finally:
