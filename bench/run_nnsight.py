@@ -22,11 +22,7 @@ def main(path: str, ids: list[int], n_threads: int, everything: bool) -> None:
         for layer in model.model.layers:
             layer.self_attn.source  # noqa: B018 - asked for before the trace, so that the forward pass runs through it
     save = _standard if everything else _residual_and_attention
-
-    def about(kept: dict[str, Any]) -> dict[str, Any]:
-        return {"n_values": sum(values.numel() for values in kept.values())}
-
-    serve(lambda: save(model, torch.tensor([ids])), lambda: save(model, torch.tensor([ids[:4]])), about)
+    serve(lambda: save(model, torch.tensor([ids])), lambda: save(model, torch.tensor([ids[:4]])))
 
 
 @torch.no_grad()

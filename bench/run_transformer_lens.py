@@ -29,7 +29,7 @@ def main(path: str, ids: list[int], n_threads: int, hooks: list[str] | None = No
         return bridge.run_with_cache(torch.tensor([tokens]), names_filter=hooks)
 
     if out is None:
-        serve(lambda: run(ids), lambda: run(ids[:4]), lambda result: {"n_values": sum(values.numel() for values in result[1].values())})
+        serve(lambda: run(ids), lambda: run(ids[:4]))
     else:
         logits, cache = run(ids)
         kept = {name: values[0].numpy() for name, values in cache.items() if isinstance(values, torch.Tensor)}
