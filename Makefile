@@ -1,10 +1,11 @@
 # make run: the dashboard on http://127.0.0.1:8050.   make test: lint, types, all tests.   The rest: make help.
 PYTHON ?= python3
 VENV := .venv
+PEERS := .venv-peers
 PY := $(VENV)/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test lint types unit browser faults fuzz screenshots models bench image clean help
+.PHONY: run test lint types unit browser faults fuzz screenshots models bench peers peers-env image clean help
 
 run: $(VENV)/.installed  ## start the dashboard and its worker
 	$(PY) app.py
@@ -29,6 +30,14 @@ fuzz: $(VENV)/.installed-dev  ## long fuzzing runs
 screenshots: $(VENV)/.installed-dev chromium  ## every page, both themes, two widths, into test-results/
 	$(PY) scripts/screenshots.py test-results/screenshots
 
+bench: $(VENV)/.installed-dev $(PEERS)/.installed  ## measure and write docs/benchmarks.md; ONLY=gguf one part of gguf hf size growth gpu peers
+	$(PY) -m bench $(ONLY)
+
+peers: $(VENV)/.installed-dev $(PEERS)/.installed  ## the same values as TransformerLens 4, or fail
+	$(PY) -m bench.peers
+
+peers-env: $(PEERS)/.installed  ## TransformerLens and nnsight, in an environment of their own
+
 models: $(VENV)/.installed  ## train the demo models again (about half an hour on two cores)
 	$(PY) scripts/train_demo_models.py
 
@@ -47,6 +56,13 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	$(PY) -m pip install --quiet --requirement requirements-dev.txt
 	touch $@
 
+# torch first: what needs it then takes the build that is there.
+$(PEERS)/.installed: bench/requirements-peers.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet $$(grep '^torch==' bench/requirements-peers.txt)
+	$(PEERS)/bin/python -m pip install --quiet --requirement bench/requirements-peers.txt
+	touch $@
+
 .PHONY: chromium
 chromium:
 	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || { \
@@ -55,7 +71,7 @@ chromium:
 	  || { echo "The browser tests need Chromium and it could not be installed; install the package chromium by hand."; exit 1; }; }
 
 clean:  ## remove what was installed and built here (traces in data/ stay)
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache test-results
+	rm -rf $(VENV) $(PEERS) .pytest_cache .mypy_cache .ruff_cache test-results
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
