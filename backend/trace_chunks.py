@@ -28,7 +28,7 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-_LEVEL = 3
+_LEVEL = 1  # level 3 takes twice as long and saves half a per cent of an attention map
 _ZSTANDARD = 32015  # its number among HDF5's registered filters
 FILTERS: Mapping[str, Any] = {"shuffle": True, **hdf5plugin.Zstd(clevel=_LEVEL)}
 

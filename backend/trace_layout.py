@@ -25,6 +25,8 @@ ID_PATTERN = re.compile(r"[0-9a-z_]{8,64}")
 
 # Positions in one chunk; a piece of a prompt, as the engines cut it, is a multiple.
 MAX_CHUNK_ROWS = 512
+# Bytes of a chunk that several heads share: four blocks of Zstandard.
+_SHARED_CHUNK = 1 << 19
 
 _SPECIAL_PATHS = {"embed": "embeddings/input_embeddings", "ln_final_out": "embeddings/output_embeddings", "logits": "logits/full"}
 _LAYER_GROUP = re.compile(r"layer_(\d{2,5})")
@@ -79,13 +81,17 @@ def read_json(group: h5py.Group, name: str, default: Any = None) -> Any:
     return json.loads(group[name][:].tobytes()) if name in group else default
 
 
-def chunk_shape(dims: tuple[str, ...], shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """One head of an attention map (in tiles when it is large), or a run of positions of everything else; about 1 MiB at most.
+def chunk_shape(dims: tuple[str, ...], shape: tuple[int, ...], itemsize: int, single_heads: bool = False) -> tuple[int, ...]:
+    """A few small heads or a tile of a large one of an attention map, a run of positions of everything else; 1 MiB at most.
 
+    Small heads share a chunk because Zstandard works on blocks of 128 KiB: in smaller chunks the exponents and the mantissas of
+    the values fall into one block and are compressed worse. `single_heads`: only some heads are stored, each on its own.
     Runs of a long prompt are a power of two, so that the pieces in which it is computed consist of whole chunks.
     """
     if "q_pos" in dims:
-        return (1, min(shape[1], MAX_CHUNK_ROWS), min(shape[2], 2 * MAX_CHUNK_ROWS))
+        rows, columns = min(shape[1], MAX_CHUNK_ROWS), min(shape[2], 2 * MAX_CHUNK_ROWS)
+        together = 1 if single_heads else max(1, min(shape[0], _SHARED_CHUNK // (itemsize * rows * columns)))
+        return (together, rows, columns)
     row_bytes = itemsize * int(np.prod(shape[1:], dtype=np.int64))
     fitting = max(1, (1 << 20) // max(row_bytes, 1))
     return (min(shape[0], MAX_CHUNK_ROWS, 1 << (fitting.bit_length() - 1)), *shape[1:])

@@ -138,7 +138,7 @@ class TraceWriter:
         if site.is_attention_map and (piece.heads is not None or self._rows is not None):
             first, last = self._rows or (0, n)
             attrs["kept"] = json.dumps({"heads": list(piece.heads or range(self.info.n_heads)), "rows": [first, last]})
-        return create(self._file, path, shape, dtype, chunk_shape(site.dims, shape, dtype.itemsize), fill, attrs)
+        return create(self._file, path, shape, dtype, chunk_shape(site.dims, shape, dtype.itemsize, piece.heads is not None), fill, attrs)
 
     def _widen(self, path: str) -> None:
         """Replace a float16 dataset by a float32 one when a later piece brings values that float16 cannot hold."""
