@@ -63,7 +63,8 @@ def opened_lens(trace_id: str) -> tuple[Trace, LensValues]:
 
 
 def lens_missing(trace: Trace) -> html.Div:
-    """The state of the page while there is no lens. Its callbacks need the stores `page-state` and `jobs-now`."""
+    """The state of the page while there is no lens. Its callbacks need the stores `page-state`, `jobs-now` and the page's own
+    `lens-ready`, which changes when the lens is there."""
     info = trace.info
     cost = float(len(trace.layers("resid_post"))) * trace.n_tokens * info.d_model * info.d_vocab
     at_once = cost <= _AT_ONCE
@@ -76,7 +77,6 @@ def lens_missing(trace: Trace) -> html.Div:
             empty("The lens of this trace is not computed yet", words, button, "layers"),
             dcc.Store(id="lens-job"),
             html.Div(id="lens-progress", className="home-progress"),
-            dcc.Location(id="lens-done", refresh=True),
         ]
     )
 
@@ -91,14 +91,14 @@ def compute(clicks: int, page: dict[str, Any]):
 
 
 @callback(
-    Output("lens-progress", "children"), Output("lens-done", "href"), Output("lens-compute", "disabled", allow_duplicate=True),
-    Input("lens-job", "data"), Input("jobs-now", "data"), State("page-state", "data"), prevent_initial_call=True,
+    Output("lens-progress", "children"), Output("lens-ready", "data"), Output("lens-compute", "disabled", allow_duplicate=True),
+    Input("lens-job", "data"), Input("jobs-now", "data"), prevent_initial_call=True,
 )  # fmt: skip
-def follow(job_id: str | None, _: Any, page: dict[str, Any]):
-    """The job's progress; the page again when it is done, the reason when it is not."""
+def follow(job_id: str | None, _: Any):
+    """The job's progress; when it is done the page draws its cards; when it failed, why."""
     job = job_or_none(job_id)
     if job is None:
         return no_update, no_update, no_update
     if job.state == "done":
-        return no_update, f"/lens?trace={page['trace']}", no_update
+        return no_update, job.id, no_update
     return (job_panel(job), no_update, True) if job.is_active else (error(job.error or f"The job was {job.state.replace('_', ' ')}."), no_update, False)

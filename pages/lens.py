@@ -47,7 +47,8 @@ def layout(trace: str | None = None, mode: str | None = None, target: str | None
 def _cards(trace: Trace, mode: str, target: str) -> list[Any]:
     lens = lens_values(trace)
     if lens is None:
-        return [lens_missing(trace)]
+        state = dcc.Store(id="lens-state", data={"mode": mode, "target": target})
+        return [html.Div([lens_missing(trace), dcc.Store(id="lens-ready"), state], id="lens-body")]
     options: Any = [{"label": title, "value": name} for name, title in MODE_TITLES.items()]
     choose = dcc.Dropdown(options, mode, id="lens-mode", clearable=False, searchable=False, className="picker-metric")
     n_rows = len(lens.rows)
@@ -58,6 +59,12 @@ def _cards(trace: Trace, mode: str, target: str) -> list[Any]:
                  list(ABOUT_TABLE), className="fill")  # fmt: skip
     top = card("Top token of each layer", table, html.Span("", id="lens-subtitle"), [choose, *graph_tools("lens-table", "logit-lens")], list(ABOUT_TABLE), className="wide")
     return [cards(top, guesses, depth, follow_card(target))]
+
+
+@callback(Output("lens-body", "children"), Input("lens-ready", "data"), State("lens-state", "data"), State("page-state", "data"), prevent_initial_call=True)
+def show_computed(job_id: str | None, state: dict[str, str], page: dict[str, Any]):
+    """The cards, in place of the sentence that there was no lens."""
+    return _cards(opened_lens(page["trace"])[0], state["mode"], state["target"]) if job_id else no_update
 
 
 @callback(

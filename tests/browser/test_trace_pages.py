@@ -61,6 +61,23 @@ def server(tiny_mistral: TinyModel, tmp_path_factory: pytest.TempPathFactory) ->
         process.wait(20)
 
 
+@pytest.fixture(scope="module")
+def partial(server: tuple[str, Trace, TinyModel]) -> Iterator[Trace]:
+    """A second trace on the same shelf: the attention map of one head, some of its rows, and no lens."""
+    from backend.engines import OpenOptions, open_engine
+    from backend.experiments.capture import CaptureSpec, capture
+    from backend.library import Library
+    from config import load_settings
+
+    folder = server[1].path.parent
+    engine = open_engine(server[2].hf, OpenOptions())
+    path = capture(engine, CaptureSpec(prompt=PROMPT, heads=((1, 2),), rows=(3, 9), lens=False), folder)
+    engine.close()
+    Library.from_settings(load_settings(data_dir=folder.parent)).add(path)
+    with open_trace(path) as trace:
+        yield trace
+
+
 @pytest.fixture
 def visit(server, page):
     """Open a path of the trace, wait for the named graph, and fail on any error in the browser's console."""
@@ -184,6 +201,32 @@ def test_the_lens_writes_the_tokens_of_the_trace_and_its_mode_is_in_the_link(ser
     page = visit("lens", "lens-table", mode="rank", pos=0)
     texts = page.evaluate("() => document.querySelector('#lens-table .js-plotly-plot')._fullData[0].text[0]")
     assert texts[0] == f"{trace.result('lens_next_rank')[0, 0] + 1:,}"
+
+
+def test_a_lens_that_was_not_captured_is_computed_when_the_page_is_opened(server, partial, visit):
+    from backend.engines import OpenOptions, open_engine
+    from backend.experiments.logit_lens import lens_of_trace
+
+    assert "lens_kl" not in partial.results
+    page = visit("lens", "lens-table", trace=partial.id, mode="kl", pos=0)  # the job's time is within the wait for the picture
+    engine = open_engine(server[2].hf, OpenOptions())
+    rows, expected = lens_of_trace(engine, partial, progress=lambda *_: None, should_stop=lambda: False)
+    engine.close()
+    shown = drawn(page, "lens-table")
+    np.testing.assert_allclose(shown, expected["lens_kl"][:, : shown.shape[1]], rtol=1e-3, atol=1e-5)
+    assert query_of(page)["trace"] == partial.id and len(rows) == partial.info.n_layers + 1
+
+
+def test_a_head_that_was_not_captured_says_so_and_the_one_that_was_shows_its_rows(partial, visit):
+    page = visit("attention", "pattern", trace=partial.id, layer=1, head=2)
+    shown, expected = drawn(page, "pattern"), partial.head("attn_pattern", 1, 2)
+    np.testing.assert_allclose(shown[3:9, :3], expected[3:9, :3], atol=1e-7)
+    assert np.isnan(shown[:3]).all() and np.isnan(shown[9:]).all()
+    assert "Captured: rows 3 to 8" in page.locator("#pattern-subtitle").inner_text()
+    assert page.locator("#head-grid .head").count() == 1 and page.locator("#head-grid .head-absent").count() == partial.info.n_heads - 1
+    assert page.locator("#head-table tbody tr").count() == 1
+    page.evaluate("() => window.dash_clientside.set_props('chosen-head', { data: { layer: 1, head: 0 } })")
+    page.wait_for_function("() => document.querySelector('#pattern .js-plotly-plot')?.layout?.annotations?.[0]?.text.startsWith('Head 1.0 was not captured')")
 
 
 def test_following_a_token_runs_as_a_job_and_draws_its_probability_through_the_layers(server, visit):
