@@ -85,6 +85,7 @@ ARCHITECTURES: dict[str, ConfigKeys] = {
     "starcoder2": ConfigKeys(tied=True, norm_eps="norm_epsilon", sliding_window="sliding_window"),
     "stablelm": ConfigKeys(norm_eps="layer_norm_eps", requires=(("use_parallel_residual", False), ("qk_layernorm", False))),
     "granite": ConfigKeys(),
+    "gpt_oss": ConfigKeys(n_experts="num_local_experts", n_experts_used="num_experts_per_tok", sliding_window="sliding_window"),
 }
 
 # Sizes that no real model exceeds: beyond them a config is a mistake or an attack, and is refused before anything is allocated.

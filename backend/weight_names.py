@@ -16,12 +16,14 @@ class Stored:
     """A weight inside a stored tensor.
 
     section     which rows of a fused tensor: Q, K, V of [Q; K; V], gate, in of [gate; in]; empty: all
+    step        (i, n): every n-th column from the i-th, of matrices that lie interleaved; empty: all
     transposed  stored (in, out)
     plus        added to every value: a gain that is stored as its distance from 1
     """
 
     name: str
     section: str = ""
+    step: tuple[int, int] | tuple[()] = ()
     transposed: bool = False
     plus: float = 0.0
 
@@ -97,6 +99,14 @@ GGUF_NAMES: Mapping[str, Names] = {
     "starcoder2": {**_without(_GGUF_DENSE, "gate"), **_GGUF_NORM_BIASES},
     "stablelm": {**_GGUF_DENSE, **_GGUF_NORM_BIASES},
     "granite": _GGUF_DENSE,
+    "gpt-oss": {
+        **_GGUF_ENDS,
+        **_GGUF_BLOCK,
+        "blocks.{}.attn.sinks": "blk.{}.attn_sinks.weight",
+        "blocks.{}.ln2.w": "blk.{}.post_attention_norm.weight",
+        **_GGUF_EXPERTS,
+        **{name.replace("W_", "b_"): stored.replace(".weight", ".bias") for name, stored in _GGUF_EXPERTS.items()},
+    },
 }
 
 # GGUF architectures whose converter reorders the rows of W_Q and W_K, from RoPE pairs (i, i + d_head/2) to (2i, 2i + 1).
@@ -186,6 +196,17 @@ HF_NAMES: Mapping[str, Names] = {
     "starcoder2": {**_HF_ENDS, **_HF_BLOCK, **_HF_PLAIN_MLP, **_HF_NORM_BIASES},
     "stablelm": {**_HF_DENSE, **_HF_NORM_BIASES},
     "granite": _HF_DENSE,
+    "gpt_oss": {
+        **_HF_ENDS,
+        **_HF_BLOCK,
+        "blocks.{}.attn.sinks": "model.layers.{}.self_attn.sinks",
+        "blocks.{}.mlp.W_router": "model.layers.{}.mlp.router.weight",
+        "blocks.{}.mlp.b_router": "model.layers.{}.mlp.router.bias",
+        **{f"blocks.{{}}.mlp.experts.W_{x}": Stored("model.layers.{}.mlp.experts.gate_up_proj", step=(i, 2), transposed=True) for i, x in enumerate(("gate", "in"))},
+        **{f"blocks.{{}}.mlp.experts.b_{x}": Stored("model.layers.{}.mlp.experts.gate_up_proj_bias", step=(i, 2)) for i, x in enumerate(("gate", "in"))},
+        "blocks.{}.mlp.experts.W_out": Stored("model.layers.{}.mlp.experts.down_proj", transposed=True),
+        "blocks.{}.mlp.experts.b_out": "model.layers.{}.mlp.experts.down_proj_bias",
+    },
     "mixtral": {
         **_HF_ENDS,
         **_HF_BLOCK,

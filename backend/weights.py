@@ -8,7 +8,7 @@
 Canonical names follow TransformerLens: embed.W_E, blocks.L.ln1.w, blocks.L.attn.W_Q/W_K/W_V/W_O (biases b_Q, ...), blocks.L.ln2.w,
 blocks.L.mlp.W_gate/W_in/W_out, blocks.L.mlp.W_router, blocks.L.mlp.experts.W_gate/W_in/W_out (expert, out, in), ln_final.w, unembed.W_U.
 Where an architecture has them: biases of norms (ln1.b, ...), attn.q_norm.w and k_norm.w, ln1_post.w and ln2_post.w, pos_embed.W_pos,
-mlp.shared.W_gate/W_in/W_out of a shared expert.
+mlp.shared.W_gate/W_in/W_out of a shared expert, attn.sinks, biases of the router (mlp.b_router) and of experts (mlp.experts.b_gate, ...).
 Under them both formats give the same numbers: rows that the converter to GGUF reordered for RoPE stand in the checkpoint's order
 again, fused matrices are taken apart, and a norm's w is what it multiplies with, also where the checkpoint keeps w - 1. The file's own
 names are accepted as well and give the tensor as it is stored. Tied embeddings appear under both names.
@@ -96,13 +96,31 @@ class _StackedRows:
 
 @dataclass(frozen=True)
 class _Columns:
-    """The columns of a stored matrix, for tensors that lie (in, out). All of it is read whichever of them are asked for."""
+    """The columns of stored matrices of `n_rows` x `n_columns`, for tensors that lie (in, out). A matrix is read whole whichever of them are asked for."""
 
     stored: _Rows
     n_rows: int
+    n_columns: int
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        return np.ascontiguousarray(self.stored.read(np.arange(self.n_rows, dtype=np.int64))[:, rows].T)
+        out = np.empty((len(rows), self.n_rows), np.float32)
+        owner, column = rows // self.n_columns, rows % self.n_columns
+        for matrix in np.unique(owner):
+            mine = owner == matrix
+            out[mine] = self.stored.read(matrix * self.n_rows + np.arange(self.n_rows, dtype=np.int64))[:, column[mine]].T
+        return out
+
+
+@dataclass(frozen=True)
+class _EveryNth:
+    """Rows with every n-th of their columns from the i-th, for matrices that lie interleaved."""
+
+    stored: _Rows
+    step: tuple[int, int]
+
+    def read(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        i, n = self.step
+        return np.ascontiguousarray(self.stored.read(rows)[:, i::n])
 
 
 @dataclass(frozen=True)
@@ -243,14 +261,17 @@ def _in_folder(native: Mapping[str, Weight], name: str) -> Weight | None:
 
 def _canonical(name: str, weight: Weight, stored: Stored, info: ModelInfo) -> Weight:
     """The canonical weight inside a stored tensor."""
-    shape, rows = weight.shape, weight.rows
+    shape, rows, nbytes = weight.shape, weight.rows, weight.nbytes
+    if stored.step:
+        i, n = stored.step
+        shape, rows, nbytes = (*shape[:-1], len(range(i, shape[-1], n))), _EveryNth(rows, stored.step), nbytes // n
     if stored.transposed:
-        shape, rows = shape[::-1], _Columns(rows, shape[0])
+        shape, rows = (*shape[:-2], shape[-1], shape[-2]), _Columns(rows, shape[-2], shape[-1])
     if not stored.section:
-        return replace(weight, name=name, shape=shape, rows=rows, plus=stored.plus)
+        return replace(weight, name=name, shape=shape, rows=rows, nbytes=nbytes, plus=stored.plus)
     taken = section(stored.section, info)
     order = np.arange(taken.start, taken.stop, dtype=np.int64)
-    nbytes = weight.nbytes // shape[0] * len(order)
+    nbytes = nbytes // shape[0] * len(order)
     return replace(weight, name=name, shape=(len(order), *shape[1:]), rows=rows, nbytes=nbytes, row_order=order, plus=stored.plus)
 
 

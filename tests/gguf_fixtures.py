@@ -20,6 +20,7 @@ from backend.gguf_writer import _add_vocabulary, _read_safetensors, interleave_r
 
 Array = NDArray[Any]
 Change = Callable[[str, Array, Any], Array]
+Split = Callable[[str, Array, Any], Mapping[str, Array]]
 
 
 def _gain_is_one_plus(name: str, values: Array, config: Any) -> Array:
@@ -40,6 +41,18 @@ def _router_is_flat(name: str, values: Array, config: Any) -> Array:
     return values[0] if name.endswith("shared_expert_gate.weight") else values
 
 
+def _experts_apart(name: str, values: Array, config: Any) -> Mapping[str, Array]:
+    """gpt-oss keeps its experts as (expert, in, out), gate and up interleaved along out."""
+    if name.endswith("sinks"):
+        return {f"{name}.weight": values}
+    if ".experts." not in name:
+        return {name: values}
+    bias = name.endswith("_bias")
+    stem, kind = (name.removesuffix("_bias"), "bias") if bias else (name, "weight")
+    parts = {stem.replace("gate_up", "gate"): values[..., ::2], stem.replace("gate_up", "up"): values[..., 1::2]} if "gate_up" in stem else {stem: values}
+    return {f"{part}.{kind}": array if bias else array.swapaxes(-1, -2) for part, array in parts.items()}
+
+
 @dataclass(frozen=True)
 class Row:
     """`keys`: metadata beyond the common sizes, key without the architecture's name -> attribute of the configuration."""
@@ -47,6 +60,7 @@ class Row:
     architecture: gguf.MODEL_ARCH
     keys: Mapping[str, str] = field(default_factory=dict)
     change: Change = lambda name, values, config: values
+    split: Split = lambda name, values, config: {name: values}
 
 
 _RMS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
@@ -82,6 +96,14 @@ ROWS: Mapping[str, Row] = {
         _rotary_pairs,
     ),
     "stablelm": Row(gguf.MODEL_ARCH.STABLELM, {"attention.layer_norm_epsilon": "layer_norm_eps"}),
+    "gpt_oss": Row(
+        gguf.MODEL_ARCH.GPT_OSS,
+        {
+            **_RMS, **_WINDOW, "expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok",
+            "expert_feed_forward_length": "intermediate_size",
+        },
+        split=_experts_apart,
+    ),
 }
 
 
@@ -122,6 +144,10 @@ def _add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
     writer.add_value_length(d_head)
     writer.add_rope_dimension_count(int(d_head * rope.get("partial_rotary_factor", 1.0)))
     writer.add_rope_freq_base(rope.get("rope_theta", 10000.0))
+    if rope.get("rope_type") == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
 
 
 def _tensors(folder: Path, config: Any, row: Row) -> Iterator[tuple[str, Array]]:
@@ -129,9 +155,10 @@ def _tensors(folder: Path, config: Any, row: Row) -> Iterator[tuple[str, Array]]
     for name, values in _with_experts_stacked(_read_safetensors(folder)).items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        assert stored is not None, name
-        yield stored, row.change(name, values, config)
+        for part, array in row.split(name, values, config).items():
+            stored = names.get_name(part, try_suffixes=(".weight", ".bias"))
+            assert stored is not None, part
+            yield stored, row.change(part, array, config)
 
 
 def _with_experts_stacked(tensors: dict[str, Array]) -> dict[str, Array]:

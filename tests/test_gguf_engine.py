@@ -485,6 +485,14 @@ def test_dequantizing_is_bit_equal_to_gguf_py_for_every_type_it_knows() -> None:
     assert {"Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "BF16"} <= set(checked)
 
 
+def test_mxfp4_weights_are_scaled_e2m1_values() -> None:
+    """One block of 32 values as gpt-oss files hold its experts: a power of two and 4-bit floats (OCP Microscaling v1.0, 5.3.3), low nibbles first."""
+    e2m1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+    codes = np.arange(32) % 16
+    block = bytes([127 + 2, *(codes[:16] | codes[16:][::-1] << 4)])
+    assert np.array_equal(dequantize(39, block, 32), 4 * e2m1[np.concatenate([codes[:16], codes[16:][::-1]])])
+
+
 def test_our_table_of_types_is_ggmls_own() -> None:
     for type_id, (name, block, n_bytes) in GGML_TYPES.items():
         traits = type_traits(type_id)

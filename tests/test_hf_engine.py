@@ -133,6 +133,18 @@ def test_the_fused_kernel_and_the_pattern_that_is_shown_give_the_same_logits(eng
     assert np.abs(fused - values["logits", None]).max() < 1e-5 * np.abs(fused).max()
 
 
+@pytest.mark.parametrize("kind", ["gpt_oss"])
+def test_sinks_and_every_kind_of_router_leave_what_transformers_computes_to_the_bit(kind: str, tiny_model: Callable[[str], TinyModel]) -> None:
+    tiny = tiny_model(kind)
+    engine = HfEngine(tiny.hf)
+    values = capture(engine, IDS)
+    with torch.no_grad():
+        output = eager_model(tiny.hf)(torch.tensor([IDS]), output_hidden_states=True, output_attentions=True)
+    for layer in range(engine.info.n_layers):
+        assert np.array_equal(values["attn_pattern", layer], output.attentions[layer][0].numpy())
+    assert np.array_equal(values["logits", None], output.logits[0].numpy())
+
+
 def test_each_site_follows_from_the_ones_before_it(engine: HfEngine, values: Values) -> None:
     """The equations of the block, in NumPy, from the engine's own weights: they hold the weights' names and orientation too."""
     info = engine.info

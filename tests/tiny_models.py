@@ -69,6 +69,13 @@ _KINDS: dict[str, dict[str, Any]] = {
     "granite": {
         "intermediate_size": 96, "attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.6, "logits_scaling": 2.5,
     },
+    "gpt_oss": {
+        "intermediate_size": 48, "head_dim": 24, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 8,
+        "rope_parameters": {  # llama.cpp rounds the range that YaRN bends, so "truncate"
+            "rope_type": "yarn", "rope_theta": 150000.0, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True,
+            "original_max_position_embeddings": 256,
+        },
+    },
     "stablelm": {"intermediate_size": 96, "use_qkv_bias": True, "layer_norm_eps": 1e-4, "partial_rotary_factor": 0.5},
 }
 
@@ -83,7 +90,8 @@ def save_tiny(kind: str, folder: Path, **changes: Any) -> TinyModel:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**_COMMON, **_KINDS[kind], **changes}), dtype=torch.float32)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                fan_in = parameter.shape[0 if kind == "gpt2" and ".h." in name else -1]  # GPT-2's matrices lie (in, out)
+                lies_in_out = (kind == "gpt2" and ".h." in name) or (kind == "gpt_oss" and parameter.dim() == 3)
+                fan_in = parameter.shape[-2 if lies_in_out and parameter.dim() > 1 else -1]
                 parameter.normal_(std=1.4 * fan_in**-0.5 if parameter.dim() > 1 else 0.3)
                 if parameter.dim() == 1 and name.endswith(".weight") and not kind.startswith("gemma"):  # Gemma multiplies with 1 + w
                     parameter.add_(1.0)

@@ -8,7 +8,7 @@ a plain NumPy array in the dims of `backend.sites`; nothing above this package i
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -16,8 +16,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from backend.errors import LayerscopeError
-from backend.intervention import Intervention
+from backend.errors import LayerscopeError, ranges
+from backend.intervention import Intervention, edits_by_place
 from backend.model_info import ModelInfo
 
 
@@ -38,6 +38,7 @@ class Piece:
 
 DEFAULT_CONTEXT = 8192  # tokens; more only when asked for
 
+Where = tuple[str, int | None]  # site, layer
 Sink = Callable[[Piece], None]
 ShouldStop = Callable[[], bool]
 
@@ -53,10 +54,15 @@ def no_sink(piece: Piece) -> None:
 
 @dataclass(frozen=True)
 class Request:
-    """What a run captures: the sites and, for sites that have layers, which layers (None: all)."""
+    """What a run captures: the sites and, for sites that have layers, which layers (None: all).
+
+    Some sites exist in some layers only (a router in those with experts); others are left out there. `exact`: every site was
+    named together with every layer, and one that does not exist there is an error.
+    """
 
     sites: tuple[str, ...]
     layers: tuple[int, ...] | None = None
+    exact: bool = False
 
     def wants(self, site: str, layer: int | None) -> bool:
         return site in self.sites and (layer is None or self.layers is None or layer in self.layers)
@@ -97,7 +103,8 @@ class Engine(Protocol):
     """One loaded model. Not thread-safe; one run at a time. Runs leave no trace: hooks and edits are gone when `run` returns."""
 
     info: ModelInfo
-    sites: frozenset[str]  # what this model can offer; the rest does not exist in its architecture
+    places: frozenset[Where]  # (site, layer) that this model can offer; the rest does not exist in its architecture
+    sites: frozenset[str]  # the sites among them
     version: str  # engine and library version, for the trace's record
     compute: str  # what sets its rounding: the dtype of arithmetic (HF), or the storage of the weights (GGUF)
     n_ctx: int  # most tokens of one run: the smaller of the option and the model's own
@@ -151,7 +158,7 @@ def open_engine(path: Path, options: OpenOptions = OpenOptions(), engine: str | 
     raise LayerscopeError(f"There is no engine {kind!r}; engines are gguf and hf.")
 
 
-def check_request(info: ModelInfo, available: frozenset[str], request: Request, ids: list[int], n_ctx: int) -> None:
+def check_request(info: ModelInfo, places: Collection[Where], request: Request, ids: list[int], n_ctx: int) -> None:
     """The checks every engine makes before it runs; raises LayerscopeError with the value and the limit."""
     if not ids:
         raise LayerscopeError("The prompt is empty: it has 0 tokens, and at least 1 is needed.")
@@ -160,12 +167,32 @@ def check_request(info: ModelInfo, available: frozenset[str], request: Request, 
     bad = [i for i in ids if not 0 <= i < info.d_vocab]
     if bad:
         raise LayerscopeError(f"Token id {bad[0]} is outside the vocabulary of {info.d_vocab:,}.")
-    missing = [site for site in request.sites if site not in available]
-    if missing:
-        raise LayerscopeError(f"{info.name} ({info.architecture}) has no site {missing[0]!r}; it has {', '.join(sorted(available))}.")
     outside = [layer for layer in request.layers or () if not 0 <= layer < info.n_layers]
+    available = {site for site, _ in places}
+    for site in request.sites:
+        if site not in available:
+            raise LayerscopeError(f"{info.name} ({info.architecture}) has no site {site!r}; it has {', '.join(sorted(available))}.")
     if outside:
         raise LayerscopeError(f"Layer {outside[0]} is outside 0-{info.n_layers - 1} of {info.name}.")
+    for site in request.sites if request.layers else ():
+        lacking = [layer for layer in request.layers or () if (site, layer) not in places and (site, None) not in places]
+        if lacking and (request.exact or len(lacking) == len(request.layers or ())):
+            raise _no_such_layer(info, places, site, lacking[0])
+
+
+def check_edits(info: ModelInfo, places: Collection[Where], edits: tuple[Intervention, ...]) -> None:
+    """Raise LayerscopeError for an edit of a site that the model does not have, or not in that layer."""
+    available = {site for site, _ in places}
+    for site, layer in edits_by_place(edits):
+        if site not in available:
+            raise LayerscopeError(f"{info.name} ({info.architecture}) has no site {site!r} to edit.")
+        if (site, layer) not in places:
+            raise _no_such_layer(info, places, site, layer)
+
+
+def _no_such_layer(info: ModelInfo, places: Collection[Where], site: str, layer: int | None) -> LayerscopeError:
+    layers = ranges(sorted(at for name, at in places if name == site and at is not None))
+    return LayerscopeError(f"{info.name} ({info.architecture}) has no site {site!r} in layer {layer}; it has it in {layers}.")
 
 
 def default_threads() -> int:

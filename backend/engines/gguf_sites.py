@@ -23,6 +23,7 @@ class Node:
     weight  in place of a name: a weight or bias that an op takes, without "blk.L.", or a named node without "-L"; `op` is needed
             then. An ADD also takes the weight of the product that it adds
     part    (i, n): the i-th of n equal parts of the last axis; empty: all of it
+    beside  a weight, without "blk.L.", that some node of the same layer takes: in layers without it the name stands for something else
     """
 
     site: str
@@ -30,6 +31,7 @@ class Node:
     op: str = ""
     weight: str = ""
     part: tuple[int, int] | tuple[()] = ()
+    beside: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,15 @@ _UNGATED_MLP = (
 _SHARED_EXPERT_BLOCK = tuple(node for node in _MLP if not node.site.startswith("mlp_p"))
 _SCALED = (Node("embed", "embd", "SCALE"), Node("attn_out", weight="attn_out", op="SCALE"), Node("mlp_out", weight="ffn_out", op="SCALE"))
 _FUSED_MLP = (Node("mlp_pre", "ffn_up", part=(0, 2)), Node("mlp_pre_linear", "ffn_up", part=(1, 2)))
+# The router is a product and a bias, and the sum is called ffn_moe_probs; there are no probabilities over all experts: the weights
+# are a softmax over the logits of the chosen ones. So router_probs is no site.
+_GPT_OSS_BLOCK = (
+    Node("resid_mid", "ffn_inp"),
+    Node("ln2_out", "attn_post_norm"),
+    Node("router_logits", "ffn_moe_probs", "ADD"),
+    *(node for node in _EXPERTS if node.site in ("expert_indices", "expert_weights", "mlp_out")),
+    Node("resid_post", "l_out"),
+)
 _DENSE = _EMBEDDING + _ATTENTION + _ATTENTION_OUT + _MLP + _OUTPUT
 
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -136,6 +147,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "starcoder2": Architecture(_EMBEDDING + _ATTENTION + _ATTENTION_OUT + _ATTENTION_OUT_BIAS + _UNGATED_MLP + _OUTPUT, norm="layer"),
     "stablelm": Architecture(_DENSE, norm="layer"),
     "granite": Architecture(_DENSE + _SCALED, logit_divisor="logit_scale"),
+    "gpt-oss": Architecture(_EMBEDDING + _ATTENTION + _ATTENTION_OUT + _GPT_OSS_BLOCK + _OUTPUT, window_period=2),
 }
 
 

@@ -4,6 +4,7 @@
     hf_sites      the table: architecture -> module paths of sites and weights
     hf_taps       a run's edits and captures as hooks, which always come off
     hf_attention  the attention function that shows scores, pattern and z
+    hf_router     how routers choose experts, for edits of their scores
     hf_tokenizer  text and ids
 
 A prompt longer than PIECE tokens runs in pieces over a key/value cache, as llama.cpp does with its micro-batches: memory for
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backend.engines import DEFAULT_CONTEXT, OpenOptions, Request, Sampling, ShouldStop, Sink, check_request, never_stop, no_sink
+from backend.engines import DEFAULT_CONTEXT, OpenOptions, Request, Sampling, ShouldStop, Sink, check_edits, check_request, never_stop, no_sink
 from backend.engines.hf_sites import ARCHITECTURES
 from backend.engines.hf_taps import Tap, installed, to_numpy
 from backend.engines.hf_tokenizer import HfTokenizer, first_line
@@ -60,7 +61,8 @@ class HfEngine:
         )
         self._eos_ids = _eos_ids(path) | ({self.info.eos_id} if self.info.eos_id is not None else set())
         self.n_ctx = min(options.n_ctx or DEFAULT_CONTEXT, info.n_ctx)
-        self.sites = self._row.sites
+        self.places = self._row.sites_of(self.info)
+        self.sites = frozenset(site for site, _ in self.places)
         self.compute = str(self._model.dtype).removeprefix("torch.")
         self.version = f"transformers {transformers.__version__}, torch {torch.__version__}, {self.device}, {self.compute}"
 
@@ -82,7 +84,7 @@ class HfEngine:
         Pieces hold at most PIECE positions. An edit whose meaning spans positions (a mean over them, an array with a
         position axis, an attention map) makes the prompt run whole.
         """
-        check_request(self.info, self.sites, request, ids, self.n_ctx)
+        check_request(self.info, self.places, request, ids, self.n_ctx)
         self._check_edits(edits, len(ids))
         tap = Tap(self.info, request, sink, edits, should_stop, len(ids))
         with _no_grad(), installed(self._model, self._row, tap):
@@ -95,7 +97,7 @@ class HfEngine:
         Positions of edits are absolute; negative ones count from the end of the prompt. An edit without positions holds for new
         tokens too. Raises LayerscopeError when prompt and new tokens together exceed the context.
         """
-        check_request(self.info, self.sites, Request(()), ids, self.n_ctx)
+        check_request(self.info, self.places, Request(()), ids, self.n_ctx)
         if len(ids) + n > self.n_ctx:
             raise LayerscopeError(f"A prompt of {len(ids):,} tokens and {n:,} new ones are more than the {self.n_ctx:,} of the context.")
         check_sampling(sampling)
@@ -135,8 +137,10 @@ class HfEngine:
         tensor = getattr(self._model.get_submodule(module), parameter, None)
         if tensor is None:
             raise LayerscopeError(f"{self.info.name} has no weight {name[:80]!r}.")
+        if entry.step:
+            tensor = tensor[..., entry.step[0] :: entry.step[1]]
         if entry.transposed:
-            tensor = tensor.T
+            tensor = tensor.mT
         if entry.half is not None:
             tensor = tensor.chunk(2, dim=-2)[entry.half]
         if entry.section:
@@ -161,8 +165,7 @@ class HfEngine:
     def _check_edits(self, edits: tuple[Intervention, ...], n_tokens: int) -> None:
         for edit in edits:
             edit.check(self.info, n_tokens)
-            if edit.site not in self.sites and edit.site != "resid_pre":
-                raise LayerscopeError(f"{self.info.name} ({self.info.architecture}) has no site {edit.site!r} to edit.")
+        check_edits(self.info, self.places, edits)
 
     def _cache(self) -> Any:
         """A cache of every key: a sliding-window cache drops keys, and then positions would shift under edits and captures."""

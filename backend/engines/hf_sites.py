@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from backend.model_info import ModelInfo
+from backend.sites import SITES
+
 # Sites that the attention function offers in every architecture that goes through transformers' attention interface.
 ATTENTION_SITES = ("attn_scores", "attn_pattern", "z")
 ROTARY_SITES = ("rot_q", "rot_k")  # offered there too, where the architecture turns queries and keys
@@ -30,14 +33,32 @@ class Place:
     heads: bool = False  # the last axis is (head, d_head) flattened
     section: str = ""  # which columns of a fused projection, as backend.weight_names.section has them; empty: all
     times: str = ""  # the configuration's factor that the block multiplies the module's output with
+    dense: bool = False  # where some layers have experts and others one MLP: it is in these others only
 
 
 @dataclass(frozen=True)
 class Router:
-    """A router module that returns (logits, weights, indices); its weights are the top k of softmax(logits)."""
+    """A router module that returns (logits, weights, indices).
+
+    renormalise  the weights of the chosen experts are made to sum to 1; a name: the module's attribute that says so
+    probs        what makes probabilities of the logits. "chosen": none over all experts exist, the weights are a softmax over the
+                 chosen experts' logits alone (gpt-oss), so that router_probs is no site
+    correction   the module's attribute that is added to the probabilities to choose by, but not to the weights
+    group_best   experts are chosen out of the best groups only, a group counting as much as its best so many experts together;
+                 0: there are no groups
+    scale        the module's attribute that the weights are multiplied with
+    """
 
     module: str
-    renormalise: bool | str  # the weights of the chosen experts are made to sum to 1; a name: the module's attribute that says so
+    renormalise: bool | str = False
+    probs: Literal["softmax", "sigmoid", "chosen"] = "softmax"
+    correction: str = ""
+    group_best: int = 0
+    scale: str = ""
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return tuple(site for site in ROUTER_SITES if self.probs != "chosen" or site != "router_probs")
 
 
 @dataclass(frozen=True)
@@ -45,6 +66,7 @@ class Weight:
     """A canonical weight as a parameter.
 
     half        0 or 1: the upper or lower half of the rows of a fused matrix
+    step        (i, n): every n-th column from the i-th, of matrices that lie interleaved; empty: all
     section     which rows of a fused matrix, as backend.weight_names.section has them
     transposed  the parameter is (in, out)
     plus        added: the module multiplies with 1 + its parameter
@@ -52,6 +74,7 @@ class Weight:
 
     parameter: str
     half: int | None = None
+    step: tuple[int, int] | tuple[()] = ()
     section: str = ""
     transposed: bool = False
     plus: float = 0.0
@@ -70,10 +93,15 @@ class Architecture:
     logit_divisor: str = ""  # the configuration's name for what logits are divided by
     logit_softcap: str = ""  # the configuration's cap c in c tanh(logits / c)
 
-    @property
-    def sites(self) -> frozenset[str]:
-        rotary = ROTARY_SITES if self.rotary else ()
-        return frozenset((*self.places, *rotary, *ATTENTION_SITES, *(ROUTER_SITES if self.router else ())))
+    def sites_of(self, info: ModelInfo) -> frozenset[tuple[str, int | None]]:
+        """Every (site, layer) of a model; None: a site without layers."""
+        layers = range(info.n_layers)
+        found: set[tuple[str, int | None]] = {(site, None) for site in self.places if not SITES[site].per_layer}
+        for site, place in self.places.items():
+            found |= {(site, layer) for layer in layers if SITES[site].per_layer and (not place.dense or layer < info.n_dense_layers)}
+        found |= {(site, layer) for layer in layers for site in (*(ROTARY_SITES if self.rotary else ()), *ATTENTION_SITES)}
+        found |= {(site, layer) for layer in layers[info.n_dense_layers :] for site in (self.router.sites if self.router else ())}
+        return frozenset(found)
 
 
 _LAYER, _ATTN, _MLP = "model.layers.{}", "model.layers.{}.self_attn", "model.layers.{}.mlp"
@@ -236,6 +264,25 @@ _GRANITE = replace(
     logit_divisor="logits_scaling",
 )
 
+_GPT_OSS = Architecture(
+    layer=_LAYER,
+    attention=_ATTN,
+    final_norm="model.norm",
+    unembed="lm_head",
+    places={**_BLOCK_PLACES, "mlp_out": Place(_MLP, part=0)},
+    weights={
+        **_BLOCK_WEIGHTS,
+        "blocks.{}.attn.sinks": Weight(f"{_ATTN}.sinks"),
+        "blocks.{}.mlp.W_router": Weight(f"{_MLP}.router.weight"),
+        "blocks.{}.mlp.b_router": Weight(f"{_MLP}.router.bias"),
+        **{f"blocks.{{}}.mlp.experts.W_{x}": Weight(f"{_MLP}.experts.gate_up_proj", step=(i, 2), transposed=True) for i, x in enumerate(("gate", "in"))},
+        **{f"blocks.{{}}.mlp.experts.b_{x}": Weight(f"{_MLP}.experts.gate_up_proj_bias", step=(i, 2)) for i, x in enumerate(("gate", "in"))},
+        "blocks.{}.mlp.experts.W_out": Weight(f"{_MLP}.experts.down_proj", transposed=True),
+        "blocks.{}.mlp.experts.b_out": Weight(f"{_MLP}.experts.down_proj_bias"),
+    },
+    router=Router(f"{_MLP}.router", probs="chosen"),
+)
+
 _H = "transformer.h.{}"
 _GPT2 = Architecture(
     layer=_H,
@@ -291,4 +338,5 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "starcoder2": _STARCODER2,
     "stablelm": _STABLELM,
     "granite": _GRANITE,
+    "gpt_oss": _GPT_OSS,
 }

@@ -80,7 +80,7 @@ def capture(engine: Engine, spec: CaptureSpec, folder: Path, *, progress: Progre
     with TraceWriter(folder, engine.info, len(ids), spec.precision, trace_id) as writer, _LogitStore(len(ids), engine.info.d_vocab, folder) as logits:
         run = _Run(engine, edits, ids, writer, logits, progress, keep_logits="logits" in request.sites)
         mark = time.perf_counter()
-        engine.run(ids, Request((*request.sites, "logits"), request.layers), run.sink, edits, should_stop)
+        engine.run(ids, Request((*request.sites, "logits"), request.layers, request.exact), run.sink, edits, should_stop)
         timings["run_s"] = time.perf_counter() - mark
         vocabulary = _write_summaries(engine, spec, run, writer, logits, ids, progress, should_stop, timings)
         progress("publishing", 0, 1)
@@ -246,17 +246,24 @@ def _tokenize(engine: Engine, prompt: str) -> list[int]:
 
 def _request(engine: Engine, spec: CaptureSpec) -> Request:
     """The sites that are stored: those named (which must exist), "all" that the model has, or the standard ones as far as it has them."""
+    layers = tuple(sorted(set(spec.layers))) if spec.layers is not None else None
+    named = spec.sites not in (None, (ALL_SITES,))
     if spec.sites == (ALL_SITES,):
-        sites = tuple(site for site in SITES if site in engine.sites and site != "logits")
+        sites = tuple(site for site in SITES if site != "logits" and _has(engine, site, layers))
     elif spec.sites is None:
-        sites = tuple(site for site in STANDARD_SITES if site in engine.sites)
+        sites = tuple(site for site in STANDARD_SITES if _has(engine, site, layers))
     else:
         sites = tuple(site for site in resolve_sites(spec.sites) if not SITES[site].derived)
         if any(SITES[s].derived for s in resolve_sites(spec.sites)):
             sites = resolve_sites({*sites, *(need for s in resolve_sites(spec.sites) for need in _NEEDS.get(s, ()))})
     if spec.max_new_tokens < 0:
         raise LayerscopeError(f"The number of new tokens is {spec.max_new_tokens}; it must be 0 or more.")
-    return Request(sites, tuple(sorted(set(spec.layers))) if spec.layers is not None else None)
+    return Request(sites, layers, exact=named)
+
+
+def _has(engine: Engine, site: str, layers: tuple[int, ...] | None) -> bool:
+    """Whether the model has the site, in any of the layers if some are named."""
+    return any(name == site and (at is None or layers is None or at in layers) for name, at in engine.places)
 
 
 def command_line(model: str, spec: CaptureSpec) -> list[str]:
