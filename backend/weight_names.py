@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from backend.model_info import ModelInfo
 
 
@@ -15,9 +18,10 @@ from backend.model_info import ModelInfo
 class Stored:
     """A weight inside a stored tensor.
 
-    section     which rows of a fused tensor: Q, K, V of [Q; K; V], gate, in of [gate; in]; empty: all
+    section     which rows of a fused tensor: Q, K, V of [Q; K; V], gate, in of [gate; in], UK, UV as `section_rows` has them; empty: all
     step        (i, n): every n-th column from the i-th, of matrices that lie interleaved; empty: all
     transposed  stored (in, out)
+    flat        stored (head, out, in), and here (head out, in)
     plus        added to every value: a gain that is stored as its distance from 1
     """
 
@@ -25,6 +29,7 @@ class Stored:
     section: str = ""
     step: tuple[int, int] | tuple[()] = ()
     transposed: bool = False
+    flat: bool = False
     plus: float = 0.0
 
 
@@ -33,10 +38,19 @@ Names = Mapping[str, str | Stored]
 
 def section(name: str, info: ModelInfo) -> slice:
     """The rows (outputs) of one section of a fused tensor."""
-    widths = {"Q": info.n_heads * info.d_head, "K": info.n_kv_heads * info.d_head, "V": info.n_kv_heads * info.d_head}
+    widths = {"Q": info.n_heads * info.d_head, "K": info.n_kv_heads * info.d_head, "V": info.n_kv_heads * info.dims["d_head_v"]}
     order = list(widths) if name in widths else ["gate", "in"]
     start = sum(widths.get(before, info.d_mlp) for before in order[: order.index(name)])
     return slice(start, start + widths.get(name, info.d_mlp))
+
+
+def section_rows(name: str, info: ModelInfo, n_rows: int) -> NDArray[np.int64]:
+    """The same as row numbers, and for UK, UV: a head's rows of keys come before its rows of values, head after head."""
+    rows = np.arange(n_rows, dtype=np.int64)
+    if name not in ("UK", "UV"):
+        return rows[section(name, info)]
+    of_head, d_v = rows.reshape(info.n_heads, -1), info.dims["d_head_v"]
+    return (of_head[:, :-d_v] if name == "UK" else of_head[:, -d_v:]).reshape(-1)
 
 
 _HEADS = ("Q", "K", "V")
@@ -106,6 +120,19 @@ GGUF_NAMES: Mapping[str, Names] = {
         "blocks.{}.ln2.w": "blk.{}.post_attention_norm.weight",
         **_GGUF_EXPERTS,
         **{name.replace("W_", "b_"): stored.replace(".weight", ".bias") for name, stored in _GGUF_EXPERTS.items()},
+    },
+    "deepseek2": {
+        **_without(_GGUF_DENSE, "W_K", "W_V", "b_Q", "b_K", "b_V", "b_O", "b_gate", "b_in", "b_out"),
+        **_GGUF_EXPERTS,
+        **_GGUF_SHARED_EXPERT,
+        "blocks.{}.attn.W_DQ": "blk.{}.attn_q_a.weight",
+        "blocks.{}.attn.q_a_norm.w": "blk.{}.attn_q_a_norm.weight",
+        "blocks.{}.attn.W_UQ": "blk.{}.attn_q_b.weight",
+        "blocks.{}.attn.W_DKV": "blk.{}.attn_kv_a_mqa.weight",
+        "blocks.{}.attn.kv_a_norm.w": "blk.{}.attn_kv_a_norm.weight",
+        "blocks.{}.attn.W_UK": Stored("blk.{}.attn_k_b.weight", transposed=True, flat=True),
+        "blocks.{}.attn.W_UV": Stored("blk.{}.attn_v_b.weight", flat=True),
+        "blocks.{}.mlp.b_correction": "blk.{}.exp_probs_b.bias",
     },
 }
 
@@ -179,6 +206,19 @@ _HF_GPT2: Names = {
     "unembed.W_U": "lm_head.weight",
 }
 
+_HF_DEEPSEEK: Names = {
+    **_without(_HF_DENSE, "W_K", "W_V", "b_Q", "b_K", "b_V"),
+    **_HF_EXPERTS,
+    **{name: stored.replace("shared_expert.", "shared_experts.") for name, stored in _HF_SHARED_EXPERT.items()},
+    "blocks.{}.attn.W_DQ": "model.layers.{}.self_attn.q_a_proj.weight",
+    "blocks.{}.attn.q_a_norm.w": "model.layers.{}.self_attn.q_a_layernorm.weight",
+    "blocks.{}.attn.W_UQ": "model.layers.{}.self_attn.q_b_proj.weight",
+    "blocks.{}.attn.W_DKV": "model.layers.{}.self_attn.kv_a_proj_with_mqa.weight",
+    "blocks.{}.attn.kv_a_norm.w": "model.layers.{}.self_attn.kv_a_layernorm.weight",
+    **{f"blocks.{{}}.attn.W_{x}": Stored("model.layers.{}.self_attn.kv_b_proj.weight", section=x) for x in ("UK", "UV")},
+    "blocks.{}.mlp.b_correction": "model.layers.{}.mlp.gate.e_score_correction_bias",
+}
+
 HF_NAMES: Mapping[str, Names] = {
     "llama": _HF_DENSE,
     "mistral": _HF_DENSE,
@@ -207,6 +247,8 @@ HF_NAMES: Mapping[str, Names] = {
         "blocks.{}.mlp.experts.W_out": Stored("model.layers.{}.mlp.experts.down_proj", transposed=True),
         "blocks.{}.mlp.experts.b_out": "model.layers.{}.mlp.experts.down_proj_bias",
     },
+    "deepseek_v2": _HF_DEEPSEEK,
+    "deepseek_v3": _HF_DEEPSEEK,
     "mixtral": {
         **_HF_ENDS,
         **_HF_BLOCK,

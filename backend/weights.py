@@ -8,7 +8,9 @@
 Canonical names follow TransformerLens: embed.W_E, blocks.L.ln1.w, blocks.L.attn.W_Q/W_K/W_V/W_O (biases b_Q, ...), blocks.L.ln2.w,
 blocks.L.mlp.W_gate/W_in/W_out, blocks.L.mlp.W_router, blocks.L.mlp.experts.W_gate/W_in/W_out (expert, out, in), ln_final.w, unembed.W_U.
 Where an architecture has them: biases of norms (ln1.b, ...), attn.q_norm.w and k_norm.w, ln1_post.w and ln2_post.w, pos_embed.W_pos,
-mlp.shared.W_gate/W_in/W_out of a shared expert, attn.sinks, biases of the router (mlp.b_router) and of experts (mlp.experts.b_gate, ...).
+mlp.shared.W_gate/W_in/W_out of a shared expert, attn.sinks, biases of the router (mlp.b_router) and of experts (mlp.experts.b_gate, ...),
+mlp.b_correction that a router adds to choose by; of latent attention the matrices of its paper (DeepSeek-AI, arXiv:2405.04434): attn.W_DQ, W_UQ,
+W_DKV (the rotary key's rows last), W_UK and W_UV (head after head), and attn.q_a_norm.w and kv_a_norm.w between them.
 Under them both formats give the same numbers: rows that the converter to GGUF reordered for RoPE stand in the checkpoint's order
 again, fused matrices are taken apart, and a norm's w is what it multiplies with, also where the checkpoint keeps w - 1. The file's own
 names are accepted as well and give the tensor as it is stored. Tied embeddings appear under both names.
@@ -32,7 +34,7 @@ from backend.errors import LayerscopeError
 from backend.gguf_header import GgufHeader, model_info, read_header
 from backend.hf_config import TensorEntry, check_folder
 from backend.model_info import ModelInfo
-from backend.weight_names import GGUF_NAMES, HF_NAMES, ROTARY_INTERLEAVED, Names, Stored, section
+from backend.weight_names import GGUF_NAMES, HF_NAMES, ROTARY_INTERLEAVED, Names, Stored, section_rows
 
 _FLOATS: dict[str, type[np.generic]] = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
 
@@ -267,10 +269,11 @@ def _canonical(name: str, weight: Weight, stored: Stored, info: ModelInfo) -> We
         shape, rows, nbytes = (*shape[:-1], len(range(i, shape[-1], n))), _EveryNth(rows, stored.step), nbytes // n
     if stored.transposed:
         shape, rows = (*shape[:-2], shape[-1], shape[-2]), _Columns(rows, shape[-2], shape[-1])
+    if stored.flat:
+        shape = (math.prod(shape[:-1]), shape[-1])
     if not stored.section:
         return replace(weight, name=name, shape=shape, rows=rows, nbytes=nbytes, plus=stored.plus)
-    taken = section(stored.section, info)
-    order = np.arange(taken.start, taken.stop, dtype=np.int64)
+    order = section_rows(stored.section, info, shape[0])
     nbytes = nbytes // shape[0] * len(order)
     return replace(weight, name=name, shape=(len(order), *shape[1:]), rows=rows, nbytes=nbytes, row_order=order, plus=stored.plus)
 

@@ -28,7 +28,7 @@ NMSE = 1e-6  # llama.cpp's check-nmse.py calls this identical
 
 KINDS = (
     "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "olmo2", "olmoe", "gemma2", "gemma3_text", "phi3", "gpt2",
-    "starcoder2", "stablelm", "granite", "gpt_oss",
+    "starcoder2", "stablelm", "granite", "gpt_oss", "deepseek_v2", "deepseek_v3",
 )  # fmt: skip
 
 

@@ -133,9 +133,13 @@ def test_the_fused_kernel_and_the_pattern_that_is_shown_give_the_same_logits(eng
     assert np.abs(fused - values["logits", None]).max() < 1e-5 * np.abs(fused).max()
 
 
-@pytest.mark.parametrize("kind", ["gpt_oss"])
-def test_sinks_and_every_kind_of_router_leave_what_transformers_computes_to_the_bit(kind: str, tiny_model: Callable[[str], TinyModel]) -> None:
-    tiny = tiny_model(kind)
+@pytest.mark.parametrize(
+    "kind, changes",
+    [("gpt_oss", {}), ("deepseek_v3", {}), ("deepseek_v2", {}), ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2})],
+    ids=["sinks", "sigmoid and groups", "greedy", "groups"],
+)
+def test_sinks_latent_attention_and_every_kind_of_router_leave_what_transformers_computes_to_the_bit(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    tiny = save_tiny(kind, tmp_path / kind, **changes)
     engine = HfEngine(tiny.hf)
     values = capture(engine, IDS)
     with torch.no_grad():
@@ -143,6 +147,10 @@ def test_sinks_and_every_kind_of_router_leave_what_transformers_computes_to_the_
     for layer in range(engine.info.n_layers):
         assert np.array_equal(values["attn_pattern", layer], output.attentions[layer][0].numpy())
     assert np.array_equal(values["logits", None], output.logits[0].numpy())
+    # What is not edited was chosen by the router's own module; what is edited, by ours: an edit that changes nothing chooses the same.
+    same = capture(engine, IDS, edits=(Intervention("router_logits", 1, "add", 0.0),))
+    assert np.array_equal(same["expert_indices", 1], values["expert_indices", 1])
+    assert np.allclose(same["expert_weights", 1], values["expert_weights", 1], rtol=1e-6, atol=0)
 
 
 def test_each_site_follows_from_the_ones_before_it(engine: HfEngine, values: Values) -> None:

@@ -40,6 +40,12 @@ class TinyModel:
         return out
 
 
+_DEEPSEEK_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 256}
+_DEEPSEEK = {  # the norms of the latents have an epsilon of their own in transformers, 1e-6
+    "rms_norm_eps": 1e-6, "num_key_value_heads": 4, "intermediate_size": 96, "moe_intermediate_size": 48, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 2,
+    "first_k_dense_replace": 1, "kv_lora_rank": 32, "qk_nope_head_dim": 20, "qk_rope_head_dim": 12, "v_head_dim": 28,
+}  # fmt: skip
+
 # What a tiny model of each kind has besides _COMMON: sizes that differ from each other, and the parts that make it special.
 _KINDS: dict[str, dict[str, Any]] = {
     "llama": {"intermediate_size": 96, "attention_bias": True},
@@ -76,6 +82,13 @@ _KINDS: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 256,
         },
     },
+    "deepseek_v2": {  # the first layer is dense; queries straight from W_Q
+        **_DEEPSEEK, "q_lora_rank": None, "topk_method": "greedy", "routed_scaling_factor": 1.0, "rope_parameters": {**_DEEPSEEK_ROPE, "mscale": 0.707, "mscale_all_dim": 0.707},
+    },
+    "deepseek_v3": {
+        **_DEEPSEEK, "q_lora_rank": 40, "n_group": 4, "topk_group": 2, "norm_topk_prob": True, "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 0,
+        "rope_parameters": {**_DEEPSEEK_ROPE, "mscale": 1.0, "mscale_all_dim": 1.0},
+    },
     "stablelm": {"intermediate_size": 96, "use_qkv_bias": True, "layer_norm_eps": 1e-4, "partial_rotary_factor": 0.5},
 }
 
@@ -89,6 +102,9 @@ def save_tiny(kind: str, folder: Path, **changes: Any) -> TinyModel:
         torch.manual_seed(sum(kind.encode()))
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**_COMMON, **_KINDS[kind], **changes}), dtype=torch.float32)
         with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name.endswith("e_score_correction_bias"):
+                    buffer.normal_(std=0.1)
             for name, parameter in model.named_parameters():
                 lies_in_out = (kind == "gpt2" and ".h." in name) or (kind == "gpt_oss" and parameter.dim() == 3)
                 fan_in = parameter.shape[-2 if lies_in_out and parameter.dim() > 1 else -1]

@@ -8,7 +8,7 @@ weight that an unnamed node multiplies. `backend.engines.gguf_graph` looks the r
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from backend.errors import LayerscopeError
@@ -117,6 +117,17 @@ _GPT_OSS_BLOCK = (
     *(node for node in _EXPERTS if node.site in ("expert_indices", "expert_weights", "mlp_out")),
     Node("resid_post", "l_out"),
 )
+# Latent attention (MLA): llama.cpp multiplies what makes keys into the queries, so that there are no keys, values or turned queries of
+# a head; z is what enters W_O all the same. The names of the one MLP of the first layers stand for the shared expert in the others.
+_DEEPSEEK_BLOCK = (
+    Node("ln1_out", "attn_norm"),
+    Node("q", "q", "RESHAPE"),
+    *(node for node in _ATTENTION if node.site in ("attn_scores", "attn_pattern", "z")),
+    *_ATTENTION_OUT,
+    *(replace(node, beside="ffn_down.weight") if node.site.startswith("mlp_p") else node for node in _MLP),
+    *(node for node in _EXPERTS if node.site != "mlp_out"),
+    Node("router_probs", "ffn_moe_probs", "UNARY"),
+)
 _DENSE = _EMBEDDING + _ATTENTION + _ATTENTION_OUT + _MLP + _OUTPUT
 
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -148,6 +159,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "stablelm": Architecture(_DENSE, norm="layer"),
     "granite": Architecture(_DENSE + _SCALED, logit_divisor="logit_scale"),
     "gpt-oss": Architecture(_EMBEDDING + _ATTENTION + _ATTENTION_OUT + _GPT_OSS_BLOCK + _OUTPUT, window_period=2),
+    "deepseek2": Architecture(_EMBEDDING + _DEEPSEEK_BLOCK + _OUTPUT),
 }
 
 

@@ -30,7 +30,7 @@ from backend.engines.sampling import check_sampling, choose
 from backend.errors import LayerscopeError
 from backend.hf_config import CONFIG_LIMIT, model_info, read_json
 from backend.intervention import Intervention
-from backend.weight_names import section
+from backend.weight_names import section_rows
 
 if TYPE_CHECKING:
     import torch
@@ -144,7 +144,7 @@ class HfEngine:
         if entry.half is not None:
             tensor = tensor.chunk(2, dim=-2)[entry.half]
         if entry.section:
-            tensor = tensor[section(entry.section, self.info)]
+            tensor = tensor[section_rows(entry.section, self.info, len(tensor))]
         return to_numpy(tensor) + np.float32(entry.plus) if entry.plus else np.ascontiguousarray(to_numpy(tensor)).copy()
 
     def close(self) -> None:

@@ -28,6 +28,7 @@ class Place:
     """
 
     module: str
+    otherwise: str = ""  # where there is no such module, the site is here
     side: Literal["input", "output"] = "output"
     part: int | str | None = None
     heads: bool = False  # the last axis is (head, d_head) flattened
@@ -283,6 +284,40 @@ _GPT_OSS = Architecture(
     router=Router(f"{_MLP}.router", probs="chosen"),
 )
 
+# Latent attention (MLA) has no module that gives keys or values before the rotary embedding, and llama.cpp has them nowhere.
+_DEEPSEEK_V3 = Architecture(
+    layer=_LAYER,
+    attention=_ATTN,
+    final_norm="model.norm",
+    unembed="lm_head",
+    places={
+        **{site: place for site, place in _BLOCK_PLACES.items() if site not in ("k", "v")},
+        "q": Place(f"{_ATTN}.q_b_proj", otherwise=f"{_ATTN}.q_proj", heads=True),
+        **{site: replace(place, dense=True) for site, place in _GATED_MLP_PLACES.items()},
+    },
+    weights={
+        **{name: w for name, w in _BLOCK_WEIGHTS.items() if not name.endswith(("W_K", "W_V", "b_Q", "b_K", "b_V"))},
+        **_GATED_MLP_WEIGHTS,
+        **_FUSED_EXPERT_WEIGHTS,
+        "blocks.{}.attn.W_DQ": Weight(f"{_ATTN}.q_a_proj.weight"),
+        "blocks.{}.attn.q_a_norm.w": Weight(f"{_ATTN}.q_a_layernorm.weight"),
+        "blocks.{}.attn.W_UQ": Weight(f"{_ATTN}.q_b_proj.weight"),
+        "blocks.{}.attn.W_DKV": Weight(f"{_ATTN}.kv_a_proj_with_mqa.weight"),
+        "blocks.{}.attn.kv_a_norm.w": Weight(f"{_ATTN}.kv_a_layernorm.weight"),
+        **{f"blocks.{{}}.attn.W_{x}": Weight(f"{_ATTN}.kv_b_proj.weight", section=x) for x in ("UK", "UV")},
+        "blocks.{}.mlp.b_correction": Weight(f"{_MLP}.gate.e_score_correction_bias"),
+        **{
+            f"blocks.{{}}.mlp.shared.W_{ours}": Weight(f"{_MLP}.shared_experts.{theirs}_proj.weight")
+            for ours, theirs in (("gate", "gate"), ("in", "up"), ("out", "down"))
+        },
+    },
+    router=Router(
+        f"{_MLP}.gate", renormalise="norm_topk_prob", probs="sigmoid", correction="e_score_correction_bias", group_best=2, scale="routed_scaling_factor"
+    ),
+    rotary=False,
+)
+_DEEPSEEK_V2 = replace(_DEEPSEEK_V3, router=Router(f"{_MLP}.gate", group_best=1, scale="routed_scaling_factor"))
+
 _H = "transformer.h.{}"
 _GPT2 = Architecture(
     layer=_H,
@@ -339,4 +374,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "stablelm": _STABLELM,
     "granite": _GRANITE,
     "gpt_oss": _GPT_OSS,
+    "deepseek_v2": _DEEPSEEK_V2,
+    "deepseek_v3": _DEEPSEEK_V3,
 }

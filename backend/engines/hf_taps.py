@@ -112,6 +112,8 @@ def _stop_hook(tap: Tap) -> Callable[..., None]:
 
 def _hang(model: nn.Module, tap: Tap, site: str, layer: int | None, place: Place) -> Any:
     name = place.module.format(layer)
+    if place.otherwise and _absent(model, name):
+        name = place.otherwise.format(layer)
     module = model.get_submodule(name)
     columns = section(place.section, tap.info) if place.section else slice(None)
     factor = float(getattr(model.config, place.times)) if place.times else 1.0
@@ -144,6 +146,12 @@ def _hang(model: nn.Module, tap: Tap, site: str, layer: int | None, place: Place
         return output
 
     return module.register_forward_pre_hook(on_input) if place.side == "input" else module.register_forward_hook(on_output)
+
+
+def _absent(model: nn.Module, name: str) -> bool:
+    """Whether a module is left out by the configuration: its attribute is None."""
+    parent, _, child = name.rpartition(".")
+    return getattr(model.get_submodule(parent), child) is None
 
 
 def _router_hook(tap: Tap, layer: int, router: Router, name: str) -> Callable[..., Any]:
