@@ -94,7 +94,7 @@ ARCHITECTURES: dict[str, ConfigKeys] = {
         tied=True, mlp_ratio=4, requires=(("add_cross_attention", False),), embed="transformer.wte.weight",
     ),
     "starcoder2": ConfigKeys(tied=True, norm_eps="norm_epsilon", sliding_window="sliding_window"),
-    "stablelm": ConfigKeys(norm_eps="layer_norm_eps", requires=(("use_parallel_residual", False), ("qk_layernorm", False))),
+    "stablelm": ConfigKeys(norm_eps="layer_norm_eps"),
     "granite": ConfigKeys(),
     "gpt_oss": ConfigKeys(n_experts="num_local_experts", n_experts_used="num_experts_per_tok", sliding_window="sliding_window"),
     "deepseek_v2": _DEEPSEEK,

@@ -1,4 +1,6 @@
-"""Canonical weight names and the names that files use for them, one row per architecture. {} is the layer, {e} the expert.
+"""Canonical weight names and the names that files use for them, one row per architecture. {} is the layer.
+
+{e}, {h} and {k} are the expert, head and key/value head where a file has one tensor for each; here they are one, that axis first.
 
 A name alone is a tensor as it lies in the file, (out, in). `Stored` says what else must be done to get the canonical numbers.
 """
@@ -52,6 +54,9 @@ def section_rows(name: str, info: ModelInfo, n_rows: int) -> NDArray[np.int64]:
     of_head, d_v = rows.reshape(info.n_heads, -1), info.dims["d_head_v"]
     return (of_head[:, :-d_v] if name == "UK" else of_head[:, -d_v:]).reshape(-1)
 
+
+# Axes along which a checkpoint may keep one tensor each, by their mark in its name.
+EACH = {"{e}": "expert", "{h}": "head", "{k}": "kv_head"}
 
 _HEADS = ("Q", "K", "V")
 
@@ -111,7 +116,7 @@ GGUF_NAMES: Mapping[str, Names] = {
     "phi3": {**_GGUF_DENSE, **_GGUF_FUSED_QKV, **_GGUF_FUSED_MLP},
     "gpt2": {**_without(_GGUF_DENSE, "gate"), **_GGUF_FUSED_QKV, **_GGUF_NORM_BIASES, "pos_embed.W_pos": "position_embd.weight"},
     "starcoder2": {**_without(_GGUF_DENSE, "gate"), **_GGUF_NORM_BIASES},
-    "stablelm": {**_GGUF_DENSE, **_GGUF_NORM_BIASES},
+    "stablelm": {**_GGUF_DENSE, **_GGUF_NORM_BIASES, **_GGUF_QK_NORM},
     "granite": _GGUF_DENSE,
     "gpt-oss": {
         **_GGUF_ENDS,
@@ -234,7 +239,12 @@ HF_NAMES: Mapping[str, Names] = {
     "phi3": {**_HF_DENSE, **_HF_FUSED},
     "gpt2": _HF_GPT2,
     "starcoder2": {**_HF_ENDS, **_HF_BLOCK, **_HF_PLAIN_MLP, **_HF_NORM_BIASES},
-    "stablelm": {**_HF_DENSE, **_HF_NORM_BIASES},
+    "stablelm": {
+        **_HF_DENSE,
+        **_HF_NORM_BIASES,
+        "blocks.{}.attn.q_norm.w": "model.layers.{}.self_attn.q_layernorm.norms.{h}.weight",
+        "blocks.{}.attn.k_norm.w": "model.layers.{}.self_attn.k_layernorm.norms.{k}.weight",
+    },
     "granite": _HF_DENSE,
     "gpt_oss": {
         **_HF_ENDS,

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,7 +34,7 @@ from backend.errors import LayerscopeError
 from backend.gguf_header import GgufHeader, model_info, read_header
 from backend.hf_config import TensorEntry, check_folder
 from backend.model_info import ModelInfo
-from backend.weight_names import GGUF_NAMES, HF_NAMES, ROTARY_INTERLEAVED, Names, Stored, section_rows
+from backend.weight_names import EACH, GGUF_NAMES, HF_NAMES, ROTARY_INTERLEAVED, Names, Stored, section_rows
 
 _FLOATS: dict[str, type[np.generic]] = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
 
@@ -249,8 +249,9 @@ def _open_folder(path: Path) -> Weights:
         weight = _in_folder(native, stored.name)
         if weight is None and name == "unembed.W_U" and folder.config.get("tie_word_embeddings", folder.keys.tied):
             weight = _in_folder(native, _stored_name(names, "embed.W_E"))
-        if weight is None and "{e}" in stored.name:
-            weight = _stack([native[one] for e in range(info.n_experts) if (one := stored.name.replace("{e}", str(e))) in native], info, name)
+        mark = next((mark for mark in EACH if mark in stored.name), None)
+        if mark:
+            weight = _stack(native, stored.name, mark, info, name)
         if weight is not None:
             canonical[name] = _canonical(name, weight, stored, info)
     return Weights(info, canonical, native)
@@ -285,12 +286,14 @@ def _safetensors_weight(shard: Path, name: str, entry: TensorEntry) -> Weight:
     return Weight(name, (name,), entry.shape or (1,), entry.dtype, n_bytes, rows)
 
 
-def _stack(parts: Sequence[Weight], info: ModelInfo, name: str) -> Weight | None:
-    """The experts of one layer as one (expert, out, in) weight."""
+def _stack(native: Mapping[str, Weight], stored: str, mark: str, info: ModelInfo, name: str) -> Weight | None:
+    """The matrices of the experts, or the norms of the heads, of one layer as one weight, (expert, out, in) or (head, d_head)."""
+    n, what = info.dims[EACH[mark]], EACH[mark].replace("_", " ")
+    parts = [native[one] for i in range(n) if (one := stored.replace(mark, str(i))) in native]
     if not parts:
         return None
-    if len(parts) != info.n_experts or len({(part.shape, part.dtype) for part in parts}) > 1:
-        raise LayerscopeError(f"{info.name} has {len(parts)} of {info.n_experts} equal experts for {name}.")
+    if len(parts) != n or len({(part.shape, part.dtype) for part in parts}) > 1:
+        raise LayerscopeError(f"{info.name} has {len(parts)} of {n} equal {what}s for {name}.")
     first = parts[0]
     rows = _StackedRows(tuple(part.rows for part in parts if isinstance(part.rows, _FileRows)), math.prod(first.shape[:-1]))
     return Weight(name, tuple(part.name for part in parts), (len(parts), *first.shape), first.dtype, sum(part.nbytes for part in parts), rows)

@@ -111,7 +111,7 @@ ROWS: Mapping[str, Row] = {
         },
         _rotary_pairs,
     ),
-    "stablelm": Row(gguf.MODEL_ARCH.STABLELM, {"attention.layer_norm_epsilon": "layer_norm_eps"}),
+    "stablelm": Row(gguf.MODEL_ARCH.STABLELM, {"attention.layer_norm_epsilon": "layer_norm_eps", "use_parallel_residual": "use_parallel_residual"}),
     "gpt_oss": Row(
         gguf.MODEL_ARCH.GPT_OSS,
         {
@@ -181,7 +181,7 @@ def _add_sizes(writer: gguf.GGUFWriter, config: Any) -> None:
 
 def _tensors(folder: Path, config: Any, row: Row) -> Iterator[tuple[str, Array]]:
     names = gguf.get_tensor_name_map(row.architecture, config.num_hidden_layers)
-    for name, values in _with_experts_stacked(_read_safetensors(folder)).items():
+    for name, values in _stacked(_read_safetensors(folder)).items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         for part, array in row.split(name, values, config).items():
@@ -190,14 +190,14 @@ def _tensors(folder: Path, config: Any, row: Row) -> Iterator[tuple[str, Array]]
             yield stored, row.change(part, array, config)
 
 
-def _with_experts_stacked(tensors: dict[str, Array]) -> dict[str, Array]:
-    """The experts of a layer as one tensor (expert, out, in)."""
-    stacked: dict[str, Array] = {}
-    experts: dict[str, dict[int, Array]] = {}
+def _stacked(tensors: dict[str, Array]) -> dict[str, Array]:
+    """The experts of a layer as one tensor (expert, out, in), the norms of its heads as one (head, d_head)."""
+    whole: dict[str, Array] = {}
+    each: dict[str, dict[int, Array]] = {}
     for name, values in tensors.items():
-        match = re.fullmatch(r"(.+\.experts)\.(\d+)\.(.+)", name)
+        match = re.fullmatch(r"(.+\.experts|.+_layernorm)(?:\.norms)?\.(\d+)\.(.+)", name)
         if match:
-            experts.setdefault(f"{match[1]}.{match[3]}", {})[int(match[2])] = values
+            each.setdefault(f"{match[1]}.{match[3]}", {})[int(match[2])] = values
         else:
-            stacked[name] = values
-    return stacked | {name: np.stack([parts[i] for i in range(len(parts))]) for name, parts in experts.items()}
+            whole[name] = values
+    return whole | {name: np.stack([parts[i] for i in range(len(parts))]) for name, parts in each.items()}

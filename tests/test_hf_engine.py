@@ -486,7 +486,7 @@ def test_a_sliding_window_hides_the_far_past_in_one_pass_in_pieces_and_in_genera
     monkeypatch.setattr(hf_module, "PIECE", 5)
     pieces = capture(engine, IDS)
     assert close(pieces["logits", None], values["logits", None])
-    assert np.abs(pieces["attn_pattern", 2] - values["attn_pattern", 2]).max() < 1e-6
+    assert np.abs(pieces["attn_pattern", 2] - values["attn_pattern", 2]).max() < 1e-5
 
 
 def test_a_prompt_in_pieces_gives_the_values_of_one_pass(engine: HfEngine, values: Values, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from backend.engines import OpenOptions, open_engine
 from backend.hf_config import model_info
 from backend.sites import SITES
-from backend.weight_names import HF_NAMES, Stored, section_rows
+from backend.weight_names import EACH, HF_NAMES, Stored, section_rows
 from tests.test_engines_agree import IDS, KINDS, NMSE, nmse
 from tests.test_hf_engine import Values, capture
 from tests.tiny_models import TinyModel
@@ -42,11 +42,16 @@ def changed(tiny: TinyModel, folder: Path, changes: dict[str, Callable[[Array], 
         change = changes.get(name.removeprefix("blocks.{}.attn."))
         stored = place if isinstance(place, Stored) else Stored(place)
         for layer in range(info.n_layers) if change else ():
-            values = tensors.get(stored.name.format(layer))
-            if change and values is not None:
-                out_in = values.T if stored.transposed else values
-                rows = section_rows(stored.section, info, len(out_in)) if stored.section else np.arange(len(out_in))
-                out_in[rows] = change(out_in[rows])
+            mark = next((mark for mark in EACH if mark in stored.name), "")
+            paths = [stored.name.replace("{}", str(layer)).replace(mark, str(i)) for i in range(info.dims[EACH[mark]])] if mark else [stored.name.format(layer)]
+            if change is None or paths[0] not in tensors:
+                continue
+            if mark:
+                tensors |= dict(zip(paths, change(np.stack([tensors[path] for path in paths])), strict=True))
+                continue
+            out_in = tensors[paths[0]].T if stored.transposed else tensors[paths[0]]
+            rows = section_rows(stored.section, info, len(out_in)) if stored.section else np.arange(len(out_in))
+            out_in[rows] = change(out_in[rows])
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return TinyModel(folder, tiny.kind)
 

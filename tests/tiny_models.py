@@ -33,7 +33,7 @@ class TinyModel:
         from tests import gguf_fixtures
 
         out = self.hf.with_name(f"{self.hf.name}-f32.gguf")
-        if self.kind in gguf_fixtures.ROWS:
+        if architecture_of(self.kind) in gguf_fixtures.ROWS:
             gguf_fixtures.write_f32(self.hf, out)
         else:
             write_gguf(self.hf, out, ftype="f32")
@@ -90,7 +90,15 @@ _KINDS: dict[str, dict[str, Any]] = {
         "rope_parameters": {**_DEEPSEEK_ROPE, "mscale": 1.0, "mscale_all_dim": 1.0},
     },
     "stablelm": {"intermediate_size": 96, "use_qkv_bias": True, "layer_norm_eps": 1e-4, "partial_rotary_factor": 0.5},
+    "stablelm, parallel": {  # as StableLM 2 12B
+        "intermediate_size": 96, "layer_norm_eps": 1e-4, "partial_rotary_factor": 0.5, "use_parallel_residual": True, "qk_layernorm": True,
+    },
 }
+
+
+def architecture_of(kind: str) -> str:
+    """The architecture of a tiny model; what follows a comma in its kind is a variant."""
+    return kind.partition(",")[0]
 
 
 def save_tiny(kind: str, folder: Path, **changes: Any) -> TinyModel:
@@ -100,7 +108,7 @@ def save_tiny(kind: str, folder: Path, **changes: Any) -> TinyModel:
 
     with torch.random.fork_rng():
         torch.manual_seed(sum(kind.encode()))
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**_COMMON, **_KINDS[kind], **changes}), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture_of(kind), **{**_COMMON, **_KINDS[kind], **changes}), dtype=torch.float32)
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 if name.endswith("e_score_correction_bias"):

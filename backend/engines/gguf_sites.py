@@ -156,7 +156,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         norm="layer",
     ),
     "starcoder2": Architecture(_EMBEDDING + _ATTENTION + _ATTENTION_OUT + _ATTENTION_OUT_BIAS + _UNGATED_MLP + _OUTPUT, norm="layer"),
-    "stablelm": Architecture(_DENSE, norm="layer"),
+    # StableLM 2 12B has no second norm: attention and MLP read the same, and the sum of the first two is nothing that a block reads.
+    "stablelm": Architecture(tuple(replace(node, beside="ffn_norm.weight") if node.site == "resid_mid" else node for node in _DENSE), norm="layer"),
     "granite": Architecture(_DENSE + _SCALED, logit_divisor="logit_scale"),
     "gpt-oss": Architecture(_EMBEDDING + _ATTENTION + _ATTENTION_OUT + _GPT_OSS_BLOCK + _OUTPUT, window_period=2),
     "deepseek2": Architecture(_EMBEDDING + _DEEPSEEK_BLOCK + _OUTPUT),

@@ -16,6 +16,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 
 from backend.engines import DEFAULT_CONTEXT, OpenOptions, Request, Sampling, ShouldStop, Sink, check_edits, check_request, never_stop, no_sink
 from backend.engines.hf_sites import ARCHITECTURES
-from backend.engines.hf_taps import Tap, installed, to_numpy
+from backend.engines.hf_taps import Tap, has_module, installed, to_numpy
 from backend.engines.hf_tokenizer import HfTokenizer, first_line
 from backend.engines.sampling import check_sampling, choose
 from backend.errors import LayerscopeError
@@ -61,7 +62,7 @@ class HfEngine:
         )
         self._eos_ids = _eos_ids(path) | ({self.info.eos_id} if self.info.eos_id is not None else set())
         self.n_ctx = min(options.n_ctx or DEFAULT_CONTEXT, info.n_ctx)
-        self.places = self._row.sites_of(self.info)
+        self.places = self._row.sites_of(self.info.n_layers, partial(has_module, self._model))
         self.sites = frozenset(site for site, _ in self.places)
         self.compute = str(self._model.dtype).removeprefix("torch.")
         self.version = f"transformers {transformers.__version__}, torch {torch.__version__}, {self.device}, {self.compute}"
@@ -87,7 +88,7 @@ class HfEngine:
         check_request(self.info, self.places, request, ids, self.n_ctx)
         self._check_edits(edits, len(ids))
         tap = Tap(self.info, request, sink, edits, should_stop, len(ids))
-        with _no_grad(), installed(self._model, self._row, tap):
+        with _no_grad(), installed(self._model, self._row, tap, self.places):
             self._prefill(ids, tap, cache=None if len(ids) <= _piece(edits, ids) else self._cache(), size=_piece(edits, ids))
 
     def generate(self, ids: list[int], n: int, sampling: Sampling, on_token: Callable[[int], None] | None = None,
@@ -104,7 +105,7 @@ class HfEngine:
         self._check_edits(edits, len(ids))
         tap, cache, rng = Tap(self.info, Request(()), no_sink, edits, should_stop, len(ids)), self._cache(), np.random.default_rng(sampling.seed)
         new: list[int] = []
-        with _no_grad(), installed(self._model, self._row, tap):
+        with _no_grad(), installed(self._model, self._row, tap, self.places):
             logits = self._prefill(ids, tap, cache, _piece(edits, ids))
             while len(new) < n:
                 new.append(choose(logits, sampling, rng))
@@ -129,14 +130,17 @@ class HfEngine:
 
     def weight(self, name: str) -> NDArray[np.float32]:
         """A weight by its canonical name, a float32 copy, (out, in); experts (expert, out, in). Raises LayerscopeError."""
+        import torch
+
         block, _, rest = name.removeprefix("blocks.").partition(".") if name.startswith("blocks.") else ("", "", "")
         entry = self._row.weights.get(f"blocks.{{}}.{rest}" if rest else name)
         if entry is None or (rest and not (block.isdecimal() and int(block) < self.info.n_layers)):
             raise LayerscopeError(f"{self.info.name} has no weight {name[:80]!r}.")
-        module, _, parameter = entry.parameter.format(block).rpartition(".")
-        tensor = getattr(self._model.get_submodule(module), parameter, None)
-        if tensor is None:
+        n_each = self.info.dims[entry.each] if entry.each else 1
+        tensors = [self._parameter(entry.parameter.format(block, i)) for i in range(n_each)]
+        if any(tensor is None for tensor in tensors):
             raise LayerscopeError(f"{self.info.name} has no weight {name[:80]!r}.")
+        tensor = torch.stack(tensors) if entry.each else tensors[0]
         if entry.step:
             tensor = tensor[..., entry.step[0] :: entry.step[1]]
         if entry.transposed:
@@ -146,6 +150,11 @@ class HfEngine:
         if entry.section:
             tensor = tensor[section_rows(entry.section, self.info, len(tensor))]
         return to_numpy(tensor) + np.float32(entry.plus) if entry.plus else np.ascontiguousarray(to_numpy(tensor)).copy()
+
+    def _parameter(self, path: str) -> Any:
+        """A parameter or buffer by its path, or None where the model has none there."""
+        module, _, parameter = path.rpartition(".")
+        return getattr(self._model.get_submodule(module), parameter, None) if has_module(self._model, module) else None
 
     def close(self) -> None:
         """Free the model and, on a GPU, the memory that PyTorch keeps for reuse."""

@@ -7,11 +7,10 @@ attn_scores, attn_pattern and z are not modules: the attention function sees the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from backend.model_info import ModelInfo
 from backend.sites import SITES
 
 # Sites that the attention function offers in every architecture that goes through transformers' attention interface.
@@ -34,7 +33,10 @@ class Place:
     heads: bool = False  # the last axis is (head, d_head) flattened
     section: str = ""  # which columns of a fused projection, as backend.weight_names.section has them; empty: all
     times: str = ""  # the configuration's factor that the block multiplies the module's output with
-    dense: bool = False  # where some layers have experts and others one MLP: it is in these others only
+
+    def paths(self, layer: int | None) -> tuple[str, ...]:
+        """The modules of which the first that the model has is the site's."""
+        return tuple(path.format(layer) for path in ((self.module, self.otherwise) if self.otherwise else (self.module,)))
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Router:
 class Weight:
     """A canonical weight as a parameter.
 
+    each        an axis: there is one parameter for each of its entries, the second {} in the path
     half        0 or 1: the upper or lower half of the rows of a fused matrix
     step        (i, n): every n-th column from the i-th, of matrices that lie interleaved; empty: all
     section     which rows of a fused matrix, as backend.weight_names.section has them
@@ -74,6 +77,7 @@ class Weight:
     """
 
     parameter: str
+    each: str = ""
     half: int | None = None
     step: tuple[int, int] | tuple[()] = ()
     section: str = ""
@@ -94,14 +98,17 @@ class Architecture:
     logit_divisor: str = ""  # the configuration's name for what logits are divided by
     logit_softcap: str = ""  # the configuration's cap c in c tanh(logits / c)
 
-    def sites_of(self, info: ModelInfo) -> frozenset[tuple[str, int | None]]:
-        """Every (site, layer) of a model; None: a site without layers."""
-        layers = range(info.n_layers)
-        found: set[tuple[str, int | None]] = {(site, None) for site in self.places if not SITES[site].per_layer}
+    def sites_of(self, n_layers: int, has: Callable[[str], bool]) -> frozenset[tuple[str, int | None]]:
+        """Every (site, layer) whose module is in the model, as `has` says of a path; layer None: a site without layers.
+
+        A dense layer among layers with experts has no router, a parallel block no second norm: a variant is a module that is not there.
+        """
+        found: set[tuple[str, int | None]] = set()
         for site, place in self.places.items():
-            found |= {(site, layer) for layer in layers if SITES[site].per_layer and (not place.dense or layer < info.n_dense_layers)}
-        found |= {(site, layer) for layer in layers for site in (*(ROTARY_SITES if self.rotary else ()), *ATTENTION_SITES)}
-        found |= {(site, layer) for layer in layers[info.n_dense_layers :] for site in (self.router.sites if self.router else ())}
+            found |= {(site, at) for at in (range(n_layers) if SITES[site].per_layer else (None,)) if any(has(path) for path in place.paths(at))}
+        found |= {(site, layer) for layer in range(n_layers) for site in (*(ROTARY_SITES if self.rotary else ()), *ATTENTION_SITES)}
+        if self.router:
+            found |= {(site, layer) for layer in range(n_layers) for site in self.router.sites if has(self.router.module.format(layer))}
         return frozenset(found)
 
 
@@ -253,7 +260,15 @@ _STARCODER2 = replace(
         **{f"blocks.{{}}.mlp.b_{ours}": Weight(f"{_MLP}.{theirs}.bias") for ours, theirs in (("in", "c_fc"), ("out", "c_proj"))},
     },
 )
-_STABLELM = replace(_LLAMA, weights={**_LLAMA.weights, **_NORM_BIASES})
+_STABLELM = replace(
+    _LLAMA,
+    weights={
+        **_LLAMA.weights,
+        **_NORM_BIASES,
+        "blocks.{}.attn.q_norm.w": Weight(f"{_ATTN}.q_layernorm.norms.{{}}.weight", each="head"),
+        "blocks.{}.attn.k_norm.w": Weight(f"{_ATTN}.k_layernorm.norms.{{}}.weight", each="kv_head"),
+    },
+)
 _GRANITE = replace(
     _LLAMA,
     places={
@@ -293,7 +308,7 @@ _DEEPSEEK_V3 = Architecture(
     places={
         **{site: place for site, place in _BLOCK_PLACES.items() if site not in ("k", "v")},
         "q": Place(f"{_ATTN}.q_b_proj", otherwise=f"{_ATTN}.q_proj", heads=True),
-        **{site: replace(place, dense=True) for site, place in _GATED_MLP_PLACES.items()},
+        **_GATED_MLP_PLACES,  # of the dense layers; the others have them for experts only
     },
     weights={
         **{name: w for name, w in _BLOCK_WEIGHTS.items() if not name.endswith(("W_K", "W_V", "b_Q", "b_K", "b_V"))},

@@ -7,14 +7,14 @@ then the sink, so what is handed out is what the rest of the model sees. Nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from backend.engines import Piece, Request, ShouldStop, Sink
+from backend.engines import Piece, Request, ShouldStop, Sink, Where
 from backend.engines.hf_router import best_first, probabilities, reroute
 from backend.engines.hf_sites import Architecture, Place, Router
 from backend.errors import Cancelled
@@ -75,24 +75,32 @@ def _to_tensor(values: NDArray[np.float32], like: Tensor) -> Tensor:
     return torch.from_numpy(values).to(like.device, like.dtype)
 
 
+def has_module(model: nn.Module, path: str) -> bool:
+    """Whether the model has a module there; an attribute that the configuration left None is none."""
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
 @contextmanager
-def installed(model: nn.Module, row: Architecture, tap: Tap) -> Iterator[None]:
-    """Hang `tap` into `model` for the length of a `with`."""
+def installed(model: nn.Module, row: Architecture, tap: Tap, places: Collection[Where]) -> Iterator[None]:
+    """Hang `tap` into `model`, at those of `places` that it touches, for the length of a `with`."""
     handles: list[Any] = []
     tapped: list[nn.Module] = []
-    here = row.sites_of(tap.info)
     try:
         for layer in range(tap.info.n_layers):
             handles.append(model.get_submodule(row.layer.format(layer)).register_forward_pre_hook(_stop_hook(tap)))
             attention = model.get_submodule(row.attention.format(layer))
             setattr(attention, TAP, tap)
             tapped.append(attention)
-            if row.router and ("router_logits", layer) in here:
+            if row.router and ("router_logits", layer) in places:
                 name = row.router.module.format(layer)
                 handles.append(model.get_submodule(name).register_forward_hook(_router_hook(tap, layer, row.router, name)))
         for site, place in row.places.items():
             for at in range(tap.info.n_layers) if SITES[site].per_layer else (None,):
-                if (site, at) in here and tap.touches(site, at):
+                if (site, at) in places and tap.touches(site, at):
                     handles.append(_hang(model, tap, site, at, place))
         yield
     finally:
@@ -111,9 +119,7 @@ def _stop_hook(tap: Tap) -> Callable[..., None]:
 
 
 def _hang(model: nn.Module, tap: Tap, site: str, layer: int | None, place: Place) -> Any:
-    name = place.module.format(layer)
-    if place.otherwise and _absent(model, name):
-        name = place.otherwise.format(layer)
+    name = next(path for path in place.paths(layer) if has_module(model, path))
     module = model.get_submodule(name)
     columns = section(place.section, tap.info) if place.section else slice(None)
     factor = float(getattr(model.config, place.times)) if place.times else 1.0
@@ -146,12 +152,6 @@ def _hang(model: nn.Module, tap: Tap, site: str, layer: int | None, place: Place
         return output
 
     return module.register_forward_pre_hook(on_input) if place.side == "input" else module.register_forward_hook(on_output)
-
-
-def _absent(model: nn.Module, name: str) -> bool:
-    """Whether a module is left out by the configuration: its attribute is None."""
-    parent, _, child = name.rpartition(".")
-    return getattr(model.get_submodule(parent), child) is None
 
 
 def _router_hook(tap: Tap, layer: int, router: Router, name: str) -> Callable[..., Any]:
