@@ -55,6 +55,7 @@ class ConfigKeys:
     n_experts_alias: str | None = None  # transformers 5 writes another name than the model's makers did
     n_experts_used: str | None = None
     sliding_window: str | None = None
+    sliding_window_if: str | None = None  # it counts only where this is true
     tied: bool = False  # whether embedding and output matrix are one where the config leaves it out
     mlp_ratio: int | None = None  # d_mlp / d_model where the config leaves d_mlp out
     requires: tuple[tuple[str, object], ...] = ()  # what else must be set so: variants that would need other sites
@@ -73,18 +74,20 @@ ARCHITECTURES: dict[str, ConfigKeys] = {
     "llama": ConfigKeys(),
     "mistral": ConfigKeys(sliding_window="sliding_window"),
     "mixtral": ConfigKeys(n_experts="num_local_experts", n_experts_used="num_experts_per_tok", sliding_window="sliding_window"),
-    "qwen2": ConfigKeys(),
-    "qwen3": ConfigKeys(),
-    "smollm3": ConfigKeys(),
+    "qwen2": ConfigKeys(sliding_window="sliding_window", sliding_window_if="use_sliding_window"),
+    "qwen3": ConfigKeys(sliding_window="sliding_window", sliding_window_if="use_sliding_window"),
+    "smollm3": ConfigKeys(sliding_window="sliding_window", sliding_window_if="use_sliding_window"),
     "olmo2": ConfigKeys(),
     "gemma2": ConfigKeys(sliding_window="sliding_window", tied=True),
     "gemma3_text": ConfigKeys(sliding_window="sliding_window", tied=True),
     "qwen3_moe": ConfigKeys(
-        d_mlp="moe_intermediate_size", n_experts="num_experts", n_experts_alias="num_local_experts", n_experts_used="num_experts_per_tok",
+        sliding_window="sliding_window", sliding_window_if="use_sliding_window", d_mlp="moe_intermediate_size",
+        n_experts="num_experts", n_experts_alias="num_local_experts", n_experts_used="num_experts_per_tok",
         requires=(("decoder_sparse_step", 1), ("mlp_only_layers", [])),
     ),
     "qwen2_moe": ConfigKeys(
-        d_mlp="moe_intermediate_size", n_experts="num_experts", n_experts_alias="num_local_experts", n_experts_used="num_experts_per_tok",
+        sliding_window="sliding_window", sliding_window_if="use_sliding_window", d_mlp="moe_intermediate_size",
+        n_experts="num_experts", n_experts_alias="num_local_experts", n_experts_used="num_experts_per_tok",
         requires=(("decoder_sparse_step", 1), ("mlp_only_layers", [])),
     ),
     "olmoe": ConfigKeys(n_experts="num_experts", n_experts_alias="num_local_experts", n_experts_used="num_experts_per_tok"),
@@ -334,7 +337,8 @@ def _sizes(config: Mapping[str, Any], keys: ConfigKeys, name: str) -> dict[str, 
     sizes["n_dense_layers"] = min(size("n_dense_layers", keys.n_dense_layers, 0), sizes["n_layers"]) if keys.n_dense_layers else 0
     if keys.d_expert and not sizes["n_dense_layers"]:
         sizes["d_mlp"] = size("d_mlp", keys.d_expert)
-    sizes["sliding_window"] = size("sliding_window", keys.sliding_window, 0)
+    windowed = keys.sliding_window_if is None or config.get(keys.sliding_window_if) is True
+    sizes["sliding_window"] = size("sliding_window", keys.sliding_window, 0) if windowed else 0
     return sizes
 
 

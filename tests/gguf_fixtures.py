@@ -100,7 +100,7 @@ ROWS: Mapping[str, Row] = {
         _router_is_flat,
     ),
     "olmoe": Row(gguf.MODEL_ARCH.OLMOE, {**_RMS, **_EXPERTS}),
-    "phi3": Row(gguf.MODEL_ARCH.PHI3, {**_RMS, "rope.scaling.original_context_length": "original_max_position_embeddings"}),
+    "phi3": Row(gguf.MODEL_ARCH.PHI3, {**_RMS, **_WINDOW, "rope.scaling.original_context_length": "original_max_position_embeddings"}),
     "gpt2": Row(gguf.MODEL_ARCH.GPT2, {"attention.layer_norm_epsilon": "layer_norm_epsilon"}, _transposed),
     "starcoder2": Row(gguf.MODEL_ARCH.STARCODER2, {"attention.layer_norm_epsilon": "norm_epsilon"}),
     "granite": Row(
@@ -144,6 +144,8 @@ def write_f32(folder: Path, out: Path) -> None:
     _add_sizes(writer, config)
     for key, attribute in row.keys.items():
         value = attribute if isinstance(attribute, int) else getattr(config, attribute)
+        if value is None:
+            continue
         kinds = {float: writer.add_float32, bool: writer.add_bool, int: writer.add_uint32}
         kinds[type(value)](f"{writer.arch}.{key}", value)
     _add_vocabulary(writer, folder, config.to_dict())

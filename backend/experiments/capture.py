@@ -26,6 +26,7 @@ from backend.errors import LayerscopeError
 from backend.experiments import Context, Progress, no_progress
 from backend.experiments.logit_lens import AUTO_BUDGET, compute_lens, cost, lens_rows
 from backend.intervention import Intervention, edits_by_place
+from backend.notes import notes
 from backend.sites import ALL_SITES, SITES, STANDARD_SITES, resolve_sites
 from backend.trace_writer import TraceWriter
 
@@ -100,6 +101,7 @@ def capture(engine: Engine, spec: CaptureSpec, folder: Path, *, progress: Progre
             capture={"sites": list(request.sites), "layers": list(request.layers) if request.layers is not None else None, "precision": spec.precision},
             timings={name: round(value, 4) for name, value in timings.items()},
             integrity=run.identities.report(),
+            notes=notes(engine.info, len(ids)),
             command=command_line(engine.info.name, spec),
         )
         progress("publishing", 1, 1)
