@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -464,6 +464,15 @@ def test_special_tokens_half_characters_and_bos(llama: GgufEngine) -> None:
 
 
 # ggml
+
+
+def test_gelu_comes_from_a_float16_table(tiny_model: Callable[[str], TinyModel]) -> None:
+    """Why architectures with GELU agree less closely with PyTorch: each hidden value is float16 GELU of the float16 input, to the bit."""
+    engine = GgufEngine(tiny_model("gpt2").gguf, OpenOptions(n_gpu_layers=0))
+    values = capture(engine, IDS, ("mlp_pre", "mlp_post"))
+    for layer in range(engine.info.n_layers):
+        x = torch.from_numpy(values["mlp_pre", layer].copy()).half().float()
+        assert np.array_equal(values["mlp_post", layer], torch.nn.functional.gelu(x, approximate="tanh").half().float().numpy())
 
 
 def test_dequantizing_is_bit_equal_to_gguf_py_for_every_type_it_knows() -> None:
