@@ -90,6 +90,7 @@ def model_info(path: Path, header: GgufHeader) -> ModelInfo:
     n_experts = size.integer("expert_count", 0, MAX_EXPERTS, 0)
     d_mlp = size.integer("feed_forward_length", 1, MAX_WIDTH, 4 * d_model)
     n_dense_layers = min(size.integer("leading_dense_block_count", 0, MAX_LAYERS, 0), n_layers) if n_experts else 0
+    _check_groups(size, n_experts)
     d_vocab = _vocabulary_size(size, tensors, d_model)
     _check_layers(size, tensors, n_layers)
     model = str(metadata.get("tokenizer.ggml.model", ""))
@@ -162,6 +163,14 @@ def _vocabulary_size(size: _Sizes, tensors: dict[str, TensorInfo], d_model: int)
         if len(values) != d_vocab:
             size.refuse(f"tokenizer.ggml.{key} has {len(values):,} entries, and the embedding has {d_vocab:,} rows")
     return d_vocab
+
+
+def _check_groups(size: _Sizes, n_experts: int) -> None:
+    """Groups of experts as llama.cpp takes them: it aborts the process where they do not come out even."""
+    n_groups = size.integer("expert_group_count", 0, max(n_experts - 1, 0), 0)
+    n_used = size.integer("expert_group_used_count", 0, MAX_EXPERTS, 0)
+    if n_groups > 1 and (n_experts % n_groups or not 0 < n_used < n_groups):
+        size.refuse(f"{n_experts} experts in {n_groups} groups, of which {n_used} are used, do not come out even")
 
 
 def _check_layers(size: _Sizes, tensors: dict[str, TensorInfo], n_layers: int) -> None:

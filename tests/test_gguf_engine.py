@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from backend.errors import Cancelled, LayerscopeError
 from backend.ggml_types import GGML_TYPES
 from backend.intervention import Intervention
 from backend.sites import SITES
+from tests import gguf_fixtures
 from tests.test_hf_engine import Values, capture, eager_model, logits_with
 from tests.tiny_models import TinyModel, save_tiny
 
@@ -461,6 +463,17 @@ def test_special_tokens_half_characters_and_bos(llama: GgufEngine) -> None:
         llama.token_texts([320])
     with pytest.raises(LayerscopeError, match="half a character"):
         llama.tokenize("\ud800")
+
+
+def test_scores_are_masked_where_llama_cpps_own_window_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Olmo 3 files carry the name olmo2 and a window in three of four layers; transformers has no such olmo2, so llama.cpp's pattern is the oracle."""
+    row = gguf_fixtures.ROWS["olmo2"]
+    monkeypatch.setattr(gguf_fixtures, "ROWS", {"olmo2": replace(row, keys={**row.keys, "attention.sliding_window": 5})})
+    engine = GgufEngine(save_tiny("olmo2", tmp_path / "olmo", num_hidden_layers=4).gguf, OpenOptions(n_gpu_layers=0))
+    values = capture(engine, IDS, ("attn_scores", "attn_pattern"))
+    for layer in range(4):
+        assert np.array_equal(np.isneginf(values["attn_scores", layer]), values["attn_pattern", layer] == 0)
+        assert (values["attn_pattern", layer][:, 11, :6] > 0).any() == (layer == 3)
 
 
 # ggml

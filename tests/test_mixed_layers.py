@@ -12,6 +12,7 @@ from backend.engines import Engine, OpenOptions, Request, no_sink, open_engine
 from backend.errors import LayerscopeError
 from backend.estimate import kv_bytes, trace_bytes
 from backend.experiments.capture import CaptureSpec, capture
+from backend.gguf_header import model_info, read_header
 from backend.intervention import Intervention
 from backend.trace import open_trace
 from tests.tiny_models import TinyModel
@@ -77,3 +78,12 @@ def test_a_request_for_no_layer_that_has_the_site_and_an_edit_there_are_refused(
         engine.run(list(IDS), Request(("mlp_post",), (2,)), no_sink)
     with pytest.raises(LayerscopeError, match="no site 'expert_weights' in layer 0; it has it in 1-2"):
         engine.run(list(IDS), Request(()), no_sink, (Intervention("expert_weights", 0, "zero"),))
+
+
+@pytest.mark.parametrize("groups, used", [(3, 1), (4, 4), (4, 0), (8, 2)])
+def test_groups_of_experts_on_which_llama_cpp_would_abort_are_refused(tiny_model: Callable[[str], TinyModel], groups: int, used: int) -> None:
+    path = tiny_model("deepseek_v3").gguf
+    header = read_header(path)
+    header.metadata.update({"deepseek2.expert_group_count": groups, "deepseek2.expert_group_used_count": used})
+    with pytest.raises(LayerscopeError, match=r"do not come out even|expert_group_count is 8, outside 0 to 7"):
+        model_info(path, header)

@@ -136,7 +136,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen2": Architecture(_DENSE),
     "qwen3": Architecture(_DENSE),
     "smollm3": Architecture(_DENSE + _UNROTATED),
-    "olmo2": Architecture(_DENSE + _WIDE_QK + _POST_NORMS),
+    # Olmo 3 files carry the name too, and have windows.
+    "olmo2": Architecture(_DENSE + _WIDE_QK + _POST_NORMS, window_period=4),
     "gemma2": Architecture(
         (*_DENSE, *_SOFTCAP, *_POST_NORMS, Node("embed", "inp_scaled"), Node("resid_mid", "sa_out"), Node("mlp_post", "ffn_geglu")),
         logit_softcap="final_logit_softcapping",
