@@ -7,7 +7,7 @@
 
 Canonical names follow TransformerLens: embed.W_E, blocks.L.ln1.w, blocks.L.attn.W_Q/W_K/W_V/W_O (biases b_Q, ...), blocks.L.ln2.w,
 blocks.L.mlp.W_gate/W_in/W_out, blocks.L.mlp.W_router, blocks.L.mlp.experts.W_gate/W_in/W_out (expert, out, in), ln_final.w, unembed.W_U.
-Where an architecture has them: biases of norms (ln1.b, ...), attn.q_norm.w and k_norm.w, ln1_post.w and ln2_post.w, pos_embed.W_pos,
+Where an architecture has them: biases of norms (ln1.b, ...), attn.q_norm.w and k_norm.w ((head, d_head) where each head has its own), ln1_post.w and ln2_post.w, pos_embed.W_pos,
 mlp.shared.W_gate/W_in/W_out of a shared expert, attn.sinks, biases of the router (mlp.b_router) and of experts (mlp.experts.b_gate, ...),
 mlp.b_correction that a router adds to choose by; of latent attention the matrices of its paper (DeepSeek-AI, arXiv:2405.04434): attn.W_DQ, W_UQ,
 W_DKV (the rotary key's rows last), W_UK and W_UV (head after head), and attn.q_a_norm.w and kv_a_norm.w between them.
