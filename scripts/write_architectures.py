@@ -38,7 +38,7 @@ of them; `tests/test_metamorphic.py` what must follow from scaled values and per
 `scripts/write_architectures.py`.
 
 Where llama.cpp computes GELU (gemma2, gemma3_text, gpt2, starcoder2) it takes it from a float16 table, so these agree less closely:
-`tests/test_gguf_engine.py` holds that its hidden values are, to the bit, the float16 GELU of the float16 input.
+on gpt2 `tests/test_gguf_engine.py` holds that its hidden values are, to the bit, the float16 GELU of the float16 input.
 
 """
 _HELD = "## PyTorch float32 against llama.cpp F32, key/value cache in float32\n\n"
