@@ -135,6 +135,7 @@ def summary(trace: Any) -> dict[str, Any]:
         "sites": {site: layers for site, layers in trace.stored.items()},
         "top_tokens": top,
         "integrity": {name: {"ok": item["ok"], "max_error": item["max_error"], "note": item.get("note", "")} for name, item in trace.integrity.items()},
+        "notes": trace.metadata.get("notes", []),
         "timings": trace.metadata.get("timings", {}),
     }
 
@@ -153,6 +154,7 @@ def describe(trace: Any) -> str:
     for name, item in data["integrity"].items():
         error = "" if item["max_error"] is None else f"{item['max_error']:.2e}"
         lines.append(f"  {'ok ' if item['ok'] else 'NO ' if item['ok'] is False else '-  '} {name:<28} {error:>9}  {item['note']}".rstrip())
+    lines += ["", *data["notes"]] if data["notes"] else []
     return "\n".join(lines)
 
 

@@ -20,7 +20,7 @@ class SiteNotCaptured(LayerscopeError):
         self.site, self.layer = site, layer
         self.captured, self.layers = sorted(captured), sorted(layers)
         if self.layers and layer is not None:
-            where = f"layer {layer} of {site!r}; it holds layers {_ranges(self.layers)}"
+            where = f"layer {layer} of {site!r}; it holds layers {ranges(self.layers)}"
         else:
             where = f"{site!r}; it holds {', '.join(self.captured) or 'no activations'}"
         super().__init__(f"This trace did not capture {where}.")
@@ -30,7 +30,7 @@ class Cancelled(Exception):
     """Raised inside a run when its job was cancelled; never shown as an error."""
 
 
-def _ranges(values: list[int]) -> str:
+def ranges(values: list[int]) -> str:
     """Write sorted integers as ranges: [0, 1, 2, 5] -> "0-2, 5"."""
     parts: list[list[int]] = []
     for value in values:

@@ -4,7 +4,8 @@ Everything follows from ModelInfo, so the page can ask at every keystroke and th
 bytes. The formulas, with n tokens, L layers, and one layer's values of a site counted by its dims:
 
     model       GGUF: the file's weights as they are. PyTorch on a CPU: 4 bytes a parameter (float32).
-    kv          2 (keys, values) * L * kv_heads * d_head * context * bytes a value; the context in steps of 256, as llama.cpp makes it
+    kv          L * kv_heads * (d_head of keys + of values), or the latent's width, * context * bytes a value; the context in steps of 256,
+                as llama.cpp makes it
     activations the largest site of one layer, twice (as computed, as stored), the widest hidden layer, the attention maps of
                 one layer, and the logits (kept in memory up to 256 MiB): it does not grow with the number of layers captured
     trace       sites x layers in the stored precision; attention maps count half, since what is above the diagonal compresses away;
@@ -93,7 +94,8 @@ def kv_bytes(info: ModelInfo, n_tokens: int, kv_cache: str = "f16") -> int:
     """Memory of the key-value cache; PyTorch keeps none while capturing, and float32 while generating."""
     value = 4 if info.engine == "hf" else _KV_BYTES[kv_cache]
     context = math.ceil(n_tokens / KV_STEP) * KV_STEP
-    return 2 * info.n_layers * info.n_kv_heads * info.d_head * context * value
+    width = info.d_kv_latent or info.n_kv_heads * (info.d_head + info.dims["d_head_v"])
+    return info.n_layers * width * context * value
 
 
 def activation_bytes(info: ModelInfo, n_tokens: int, sites: Iterable[str]) -> int:
@@ -118,7 +120,7 @@ def trace_bytes(info: ModelInfo, n_tokens: int, sites: Iterable[str] | None = No
     total = _TRACE_OVERHEAD + n_tokens * 8 * _TOP_K + (info.n_layers + 1) * n_tokens * 8 * (_LENS_TOP_K + 2)
     for name in _stored(info, sites):
         site = SITES[name]
-        cells = _cells(info, name, n_tokens) * (n_layers if site.per_layer else 1)
+        cells = _cells(info, name, n_tokens) * (_n_layers_with(info, name, layers) if site.per_layer else 1)
         if site.is_attention_map and heads is not None:
             cells = cells * len(heads) // (n_layers * info.n_heads)
         if site.is_attention_map and rows is not None:
@@ -167,8 +169,17 @@ def in_bytes(n: int) -> str:
 def _stored(info: ModelInfo, sites: Iterable[str] | None) -> tuple[str, ...]:
     """The sites that are written: derived ones are not, nor are a router's in a dense model or one MLP's hidden layer among experts'."""
     names = STANDARD_SITES if sites is None else tuple(sites)
-    dense_only = ("mlp_pre", "mlp_pre_linear", "mlp_post")
-    return tuple(n for n in names if not SITES[n].derived and not (SITES[n].moe and not info.is_moe) and not (info.is_moe and n in dense_only))
+    return tuple(n for n in names if not SITES[n].derived and (not SITES[n].per_layer or _n_layers_with(info, n, None)))
+
+
+def _n_layers_with(info: ModelInfo, site: str, layers: Iterable[int] | None) -> int:
+    """How many of the layers (None: of all) have the site: the first ones may be dense in a model whose others have experts."""
+    chosen = set(range(info.n_layers) if layers is None else layers)
+    if SITES[site].moe:
+        return len({layer for layer in chosen if layer >= info.n_dense_layers}) if info.is_moe else 0
+    if info.is_moe and site in ("mlp_pre", "mlp_pre_linear", "mlp_post"):
+        return len({layer for layer in chosen if layer < info.n_dense_layers})
+    return len(chosen)
 
 
 def _cells(info: ModelInfo, site: str, n_tokens: int) -> int:

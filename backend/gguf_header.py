@@ -82,8 +82,15 @@ def model_info(path: Path, header: GgufHeader) -> ModelInfo:
     if f"{architecture}.attention.key_length" not in metadata and d_model % n_heads:
         size.refuse(f"an embedding_length of {d_model} cannot be divided among {n_heads} heads")
     d_head = size.integer("attention.key_length", 1, MAX_WIDTH, d_model // n_heads)
+    d_head_v, d_kv_latent = size.integer("attention.value_length", 1, MAX_WIDTH, d_head), 0
+    if f"{architecture}.attention.key_length_mla" in metadata:
+        # Keys and values are cached as one narrow vector that all heads share; each head makes its own from it.
+        d_kv_latent, n_kv_heads = d_head, n_heads
+        d_head, d_head_v = (size.integer(f"attention.{kind}_length_mla", 1, MAX_WIDTH) for kind in ("key", "value"))
     n_experts = size.integer("expert_count", 0, MAX_EXPERTS, 0)
     d_mlp = size.integer("feed_forward_length", 1, MAX_WIDTH, 4 * d_model)
+    n_dense_layers = min(size.integer("leading_dense_block_count", 0, MAX_LAYERS, 0), n_layers) if n_experts else 0
+    _check_groups(size, n_experts)
     d_vocab = _vocabulary_size(size, tensors, d_model)
     _check_layers(size, tensors, n_layers)
     model = str(metadata.get("tokenizer.ggml.model", ""))
@@ -97,11 +104,14 @@ def model_info(path: Path, header: GgufHeader) -> ModelInfo:
         n_kv_heads=n_kv_heads,
         d_model=d_model,
         d_head=d_head,
-        d_mlp=size.integer("expert_feed_forward_length", 1, MAX_WIDTH, d_mlp) if n_experts else d_mlp,
+        d_mlp=size.integer("expert_feed_forward_length", 1, MAX_WIDTH, d_mlp) if n_experts and not n_dense_layers else d_mlp,
         d_vocab=d_vocab,
         n_ctx=size.integer("context_length", 1, 1 << 31),
         n_experts=n_experts,
         n_experts_used=size.integer("expert_used_count", 1, n_experts) if n_experts else 0,
+        n_dense_layers=n_dense_layers,
+        d_head_v=d_head_v if d_head_v != d_head else 0,
+        d_kv_latent=d_kv_latent,
         sliding_window=size.integer("attention.sliding_window", 0, 1 << 31, 0),
         norm_eps=size.real("attention.layer_norm_rms_epsilon", size.real("attention.layer_norm_epsilon", 1e-5)),
         rope_theta=size.real("rope.freq_base", 10000.0),
@@ -153,6 +163,14 @@ def _vocabulary_size(size: _Sizes, tensors: dict[str, TensorInfo], d_model: int)
         if len(values) != d_vocab:
             size.refuse(f"tokenizer.ggml.{key} has {len(values):,} entries, and the embedding has {d_vocab:,} rows")
     return d_vocab
+
+
+def _check_groups(size: _Sizes, n_experts: int) -> None:
+    """Groups of experts as llama.cpp takes them: it aborts the process where they do not come out even."""
+    n_groups = size.integer("expert_group_count", 0, max(n_experts - 1, 0), 0)
+    n_used = size.integer("expert_group_used_count", 0, MAX_EXPERTS, 0)
+    if n_groups > 1 and (n_experts % n_groups or not 0 < n_used < n_groups):
+        size.refuse(f"{n_experts} experts in {n_groups} groups, of which {n_used} are used, do not come out even")
 
 
 def _check_layers(size: _Sizes, tensors: dict[str, TensorInfo], n_layers: int) -> None:

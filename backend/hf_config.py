@@ -43,37 +43,51 @@ class ConfigKeys:
     n_heads: str = "num_attention_heads"
     n_kv_heads: str = "num_key_value_heads"
     d_model: str = "hidden_size"
-    d_head: str = "head_dim"
+    d_head: str | tuple[str, ...] = "head_dim"  # several: their sum
+    d_head_v: str | None = None
+    d_kv_latent: tuple[str, ...] = ()
     d_mlp: str = "intermediate_size"
+    d_expert: str | None = None  # where layers of both kinds can be: the width of an expert
+    n_dense_layers: str | None = None
     n_ctx: str = "max_position_embeddings"
     norm_eps: str = "rms_norm_eps"
     n_experts: str | None = None
     n_experts_alias: str | None = None  # transformers 5 writes another name than the model's makers did
     n_experts_used: str | None = None
     sliding_window: str | None = None
+    sliding_window_if: str | None = None  # it counts only where this is true
     tied: bool = False  # whether embedding and output matrix are one where the config leaves it out
     mlp_ratio: int | None = None  # d_mlp / d_model where the config leaves d_mlp out
     requires: tuple[tuple[str, object], ...] = ()  # what else must be set so: variants that would need other sites
     embed: str = "model.embed_tokens.weight"  # its tensor: (d_vocab, d_model)
 
 
+# Every head has keys and values of its own, made from what all share: so there are as many key/value heads as heads.
+_DEEPSEEK = ConfigKeys(
+    n_kv_heads="num_attention_heads", d_head=("qk_nope_head_dim", "qk_rope_head_dim"), d_head_v="v_head_dim",
+    d_kv_latent=("kv_lora_rank", "qk_rope_head_dim"), d_expert="moe_intermediate_size", n_dense_layers="first_k_dense_replace",
+    n_experts="n_routed_experts", n_experts_used="num_experts_per_tok",
+)  # fmt: skip
+
 # The architectures that the PyTorch engine runs, by config.json's `model_type`; backend.engines.hf_sites has a row for each.
 ARCHITECTURES: dict[str, ConfigKeys] = {
     "llama": ConfigKeys(),
     "mistral": ConfigKeys(sliding_window="sliding_window"),
     "mixtral": ConfigKeys(n_experts="num_local_experts", n_experts_used="num_experts_per_tok", sliding_window="sliding_window"),
-    "qwen2": ConfigKeys(),
-    "qwen3": ConfigKeys(),
-    "smollm3": ConfigKeys(),
+    "qwen2": ConfigKeys(sliding_window="sliding_window", sliding_window_if="use_sliding_window"),
+    "qwen3": ConfigKeys(sliding_window="sliding_window", sliding_window_if="use_sliding_window"),
+    "smollm3": ConfigKeys(sliding_window="sliding_window", sliding_window_if="use_sliding_window"),
     "olmo2": ConfigKeys(),
     "gemma2": ConfigKeys(sliding_window="sliding_window", tied=True),
     "gemma3_text": ConfigKeys(sliding_window="sliding_window", tied=True),
     "qwen3_moe": ConfigKeys(
-        d_mlp="moe_intermediate_size", n_experts="num_experts", n_experts_alias="num_local_experts", n_experts_used="num_experts_per_tok",
+        sliding_window="sliding_window", sliding_window_if="use_sliding_window", d_mlp="moe_intermediate_size",
+        n_experts="num_experts", n_experts_alias="num_local_experts", n_experts_used="num_experts_per_tok",
         requires=(("decoder_sparse_step", 1), ("mlp_only_layers", [])),
     ),
     "qwen2_moe": ConfigKeys(
-        d_mlp="moe_intermediate_size", n_experts="num_experts", n_experts_alias="num_local_experts", n_experts_used="num_experts_per_tok",
+        sliding_window="sliding_window", sliding_window_if="use_sliding_window", d_mlp="moe_intermediate_size",
+        n_experts="num_experts", n_experts_alias="num_local_experts", n_experts_used="num_experts_per_tok",
         requires=(("decoder_sparse_step", 1), ("mlp_only_layers", [])),
     ),
     "olmoe": ConfigKeys(n_experts="num_experts", n_experts_alias="num_local_experts", n_experts_used="num_experts_per_tok"),
@@ -83,14 +97,18 @@ ARCHITECTURES: dict[str, ConfigKeys] = {
         tied=True, mlp_ratio=4, requires=(("add_cross_attention", False),), embed="transformer.wte.weight",
     ),
     "starcoder2": ConfigKeys(tied=True, norm_eps="norm_epsilon", sliding_window="sliding_window"),
-    "stablelm": ConfigKeys(norm_eps="layer_norm_eps", requires=(("use_parallel_residual", False), ("qk_layernorm", False))),
+    "stablelm": ConfigKeys(norm_eps="layer_norm_eps"),
     "granite": ConfigKeys(),
+    "gpt_oss": ConfigKeys(n_experts="num_local_experts", n_experts_used="num_experts_per_tok", sliding_window="sliding_window"),
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": _DEEPSEEK,
 }
 
 # Sizes that no real model exceeds: beyond them a config is a mistake or an attack, and is refused before anything is allocated.
 _LIMITS = {
     "n_layers": 1_000, "n_heads": 1_024, "n_kv_heads": 1_024, "d_model": 131_072, "d_head": 8_192, "d_mlp": 1_048_576,
     "d_vocab": 4_194_304, "n_ctx": 1 << 26, "n_experts": 1_024, "n_experts_used": 1_024, "sliding_window": 1 << 26,
+    "n_dense_layers": 1_000, "d_head_v": 8_192, "d_kv_latent": 131_072,
 }  # fmt: skip
 
 
@@ -300,9 +318,15 @@ def _sizes(config: Mapping[str, Any], keys: ConfigKeys, name: str) -> dict[str, 
     sizes["d_mlp"] = size("d_mlp", keys.d_mlp, keys.mlp_ratio and keys.mlp_ratio * sizes["d_model"])
     sizes["d_vocab"] = size("d_vocab", "vocab_size")
     sizes["n_kv_heads"] = size("n_kv_heads", keys.n_kv_heads, sizes["n_heads"])
-    if config.get(keys.d_head) is None and sizes["d_model"] % sizes["n_heads"]:
+    if isinstance(keys.d_head, tuple):
+        sizes["d_head"] = sum(size("d_head", key) for key in keys.d_head)
+    elif config.get(keys.d_head) is None and sizes["d_model"] % sizes["n_heads"]:
         raise LayerscopeError(f"config.json of {name}: d_model {sizes['d_model']} is no multiple of its {sizes['n_heads']} heads.")
-    sizes["d_head"] = size("d_head", keys.d_head, sizes["d_model"] // sizes["n_heads"] or 1)
+    else:
+        sizes["d_head"] = size("d_head", keys.d_head, sizes["d_model"] // sizes["n_heads"] or 1)
+    d_head_v = size("d_head_v", keys.d_head_v) if keys.d_head_v else 0
+    sizes["d_head_v"] = d_head_v if d_head_v != sizes["d_head"] else 0
+    sizes["d_kv_latent"] = sum(size("d_kv_latent", key) for key in keys.d_kv_latent)
     if sizes["n_heads"] % sizes["n_kv_heads"]:
         raise LayerscopeError(f"config.json of {name}: {sizes['n_heads']} heads cannot share {sizes['n_kv_heads']} key/value heads evenly.")
     n_experts = keys.n_experts_alias if keys.n_experts and config.get(keys.n_experts) is None and keys.n_experts_alias in config else keys.n_experts
@@ -310,7 +334,11 @@ def _sizes(config: Mapping[str, Any], keys: ConfigKeys, name: str) -> dict[str, 
         sizes[field] = size(field, key) if key else 0
     if sizes["n_experts_used"] > sizes["n_experts"]:
         raise LayerscopeError(f"config.json of {name} uses {sizes['n_experts_used']} experts a token, but has {sizes['n_experts']}.")
-    sizes["sliding_window"] = size("sliding_window", keys.sliding_window, 0)
+    sizes["n_dense_layers"] = min(size("n_dense_layers", keys.n_dense_layers, 0), sizes["n_layers"]) if keys.n_dense_layers else 0
+    if keys.d_expert and not sizes["n_dense_layers"]:
+        sizes["d_mlp"] = size("d_mlp", keys.d_expert)
+    windowed = keys.sliding_window_if is None or config.get(keys.sliding_window_if) is True
+    sizes["sliding_window"] = size("sliding_window", keys.sliding_window, 0) if windowed else 0
     return sizes
 
 

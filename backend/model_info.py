@@ -11,7 +11,9 @@ from typing import Any
 class ModelInfo:
     """Sizes and facts of one model; the same fields whichever engine runs it.
 
-    `d_head` is the width of one query/key head; `d_mlp` the hidden width of the MLP (of one expert in an MoE model).
+    `d_head` is the width of one query/key head, `d_head_v` that of one head's values and of z (0: the same). `d_mlp` is the hidden
+    width of the MLP: of one expert where every layer has experts, of the one MLP of the first `n_dense_layers` where they have none.
+    `d_kv_latent` is the width of what is cached for a token and layer by models that compress keys and values (MLA); 0: they do not.
     `n_experts` is 0 for a dense model. `weight_types` counts tensors per storage type, for example {"Q4_K": 12, "F32": 9}.
     """
 
@@ -29,6 +31,9 @@ class ModelInfo:
     n_ctx: int
     n_experts: int = 0
     n_experts_used: int = 0
+    n_dense_layers: int = 0  # of a model with experts: so many first layers have none
+    d_head_v: int = 0
+    d_kv_latent: int = 0
     sliding_window: int = 0  # 0: full attention
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
@@ -52,6 +57,7 @@ class ModelInfo:
             "head": self.n_heads,
             "kv_head": self.n_kv_heads,
             "d_head": self.d_head,
+            "d_head_v": self.d_head_v or self.d_head,
             "d_mlp": self.d_mlp,
             "expert": self.n_experts,
             "k": self.n_experts_used,

@@ -35,6 +35,7 @@ class Site:
 
 _RESID = ("pos", "d_model")
 _HEAD, _KV = ("pos", "head", "d_head"), ("pos", "kv_head", "d_head")
+_HEAD_V, _KV_V = ("pos", "head", "d_head_v"), ("pos", "kv_head", "d_head_v")  # values may have another width than keys
 _MAP = ("head", "q_pos", "k_pos")
 
 # fmt: off
@@ -44,13 +45,14 @@ _TABLE = (
     Site("ln1_out", _RESID, "Output of the norm before attention, gain included.", "ln1.hook_out", ("attn_norm",)),
     Site("q", _HEAD, "Queries before rotary embedding.", "attn.hook_q"),
     Site("k", _KV, "Keys before rotary embedding.", "attn.hook_k"),
-    Site("v", _KV, "Values.", "attn.hook_v", ("Vcur",)),
+    Site("v", _KV_V, "Values.", "attn.hook_v", ("Vcur",)),
     Site("rot_q", _HEAD, "Queries after rotary embedding.", "attn.hook_rot_q", ("Qcur",)),
     Site("rot_k", _KV, "Keys after rotary embedding.", "attn.hook_rot_k", ("Kcur",)),
     Site("attn_scores", _MAP, "Attention scores: scaled and masked (-inf), before the softmax.", "attn.hook_attn_scores", ("kq",)),
     Site("attn_pattern", _MAP, "Attention probabilities; each row is one query position.", "attn.hook_pattern", ("kq_soft_max",)),
-    Site("z", _HEAD, "Attention-weighted values of each head, before W_O.", "attn.hook_z", ("kqv_out",)),
-    Site("result", ("pos", "head", "d_model"), "Each head's own output, z W_O.", "attn.hook_result", derived=True),
+    Site("z", _HEAD_V, "Attention-weighted values of each head, before W_O.", "attn.hook_z", ("kqv_out",)),
+    Site("result", ("pos", "head", "d_model"), "Each head's own output, z W_O: before W_O's bias, and before what follows W_O in some architectures (a norm, a multiplier).",
+         "attn.hook_result", derived=True),
     Site("attn_out", _RESID, "What attention adds to the residual stream.", "hook_attn_out", ("attn_out",)),
     Site("resid_mid", _RESID, "Residual stream between attention and MLP.", "hook_resid_mid", ("ffn_inp",)),
     Site("ln2_out", _RESID, "Output of the norm before the MLP, gain included.", "ln2.hook_out", ("ffn_norm",)),

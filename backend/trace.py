@@ -88,8 +88,9 @@ class Trace:
 
     @functools.cached_property
     def metadata(self) -> dict[str, Any]:
-        """generation, interventions, timings, capture settings and command of the run."""
-        return {name: read_json(self._file["metadata"], name) for name in ("generation", "interventions", "timings", "capture", "command") if name in self._file["metadata"]}
+        """generation, interventions, timings, capture settings, command and notes of the run."""
+        group, names = self._file["metadata"], ("generation", "interventions", "timings", "capture", "command", "notes")
+        return {name: read_json(group, name) for name in names if name in group}
 
     def layers(self, site: str) -> list[int]:
         """Layers at which a site can be read, derived ones included; [] for a site without layers or one that is not there."""
@@ -201,7 +202,11 @@ class Trace:
         return whole
 
     def _head_results(self, layer: int) -> NDArray[np.float32]:
-        """Per-head outputs z W_O, (pos, head, d_model); W_O is read from the model's own file."""
+        """Per-head outputs z W_O, (pos, head, d_model); W_O is read from the model's own file.
+
+        Their sum over heads is the product with W_O alone: attn_out without the bias b_O where there is one, before the norm that
+        follows W_O in gemma2, gemma3 and olmo2, and before the multiplier of granite.
+        """
         from backend.weights import open_weights  # only here: a trace is otherwise independent of its model
 
         z = self._read("z", layer)

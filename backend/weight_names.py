@@ -1,4 +1,6 @@
-"""Canonical weight names and the names that files use for them, one row per architecture. {} is the layer, {e} the expert.
+"""Canonical weight names and the names that files use for them, one row per architecture. {} is the layer.
+
+{e}, {h} and {k} are the expert, head and key/value head where a file has one tensor for each; here they are one, that axis first.
 
 A name alone is a tensor as it lies in the file, (out, in). `Stored` says what else must be done to get the canonical numbers.
 """
@@ -8,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from backend.model_info import ModelInfo
 
 
@@ -15,14 +20,18 @@ from backend.model_info import ModelInfo
 class Stored:
     """A weight inside a stored tensor.
 
-    section     which rows of a fused tensor: Q, K, V of [Q; K; V], gate, in of [gate; in]; empty: all
+    section     which rows of a fused tensor: Q, K, V of [Q; K; V], gate, in of [gate; in], UK, UV as `section_rows` has them; empty: all
+    step        (i, n): every n-th column from the i-th, of matrices that lie interleaved; empty: all
     transposed  stored (in, out)
+    flat        stored (head, out, in), and here (head out, in)
     plus        added to every value: a gain that is stored as its distance from 1
     """
 
     name: str
     section: str = ""
+    step: tuple[int, int] | tuple[()] = ()
     transposed: bool = False
+    flat: bool = False
     plus: float = 0.0
 
 
@@ -31,11 +40,23 @@ Names = Mapping[str, str | Stored]
 
 def section(name: str, info: ModelInfo) -> slice:
     """The rows (outputs) of one section of a fused tensor."""
-    widths = {"Q": info.n_heads * info.d_head, "K": info.n_kv_heads * info.d_head, "V": info.n_kv_heads * info.d_head}
+    widths = {"Q": info.n_heads * info.d_head, "K": info.n_kv_heads * info.d_head, "V": info.n_kv_heads * info.dims["d_head_v"]}
     order = list(widths) if name in widths else ["gate", "in"]
     start = sum(widths.get(before, info.d_mlp) for before in order[: order.index(name)])
     return slice(start, start + widths.get(name, info.d_mlp))
 
+
+def section_rows(name: str, info: ModelInfo, n_rows: int) -> NDArray[np.int64]:
+    """The same as row numbers, and for UK, UV: a head's rows of keys come before its rows of values, head after head."""
+    rows = np.arange(n_rows, dtype=np.int64)
+    if name not in ("UK", "UV"):
+        return rows[section(name, info)]
+    of_head, d_v = rows.reshape(info.n_heads, -1), info.dims["d_head_v"]
+    return (of_head[:, :-d_v] if name == "UK" else of_head[:, -d_v:]).reshape(-1)
+
+
+# Axes along which a checkpoint may keep one tensor each, by their mark in its name.
+EACH = {"{e}": "expert", "{h}": "head", "{k}": "kv_head"}
 
 _HEADS = ("Q", "K", "V")
 
@@ -95,8 +116,29 @@ GGUF_NAMES: Mapping[str, Names] = {
     "phi3": {**_GGUF_DENSE, **_GGUF_FUSED_QKV, **_GGUF_FUSED_MLP},
     "gpt2": {**_without(_GGUF_DENSE, "gate"), **_GGUF_FUSED_QKV, **_GGUF_NORM_BIASES, "pos_embed.W_pos": "position_embd.weight"},
     "starcoder2": {**_without(_GGUF_DENSE, "gate"), **_GGUF_NORM_BIASES},
-    "stablelm": {**_GGUF_DENSE, **_GGUF_NORM_BIASES},
+    "stablelm": {**_GGUF_DENSE, **_GGUF_NORM_BIASES, **_GGUF_QK_NORM},
     "granite": _GGUF_DENSE,
+    "gpt-oss": {
+        **_GGUF_ENDS,
+        **_GGUF_BLOCK,
+        "blocks.{}.attn.sinks": "blk.{}.attn_sinks.weight",
+        "blocks.{}.ln2.w": "blk.{}.post_attention_norm.weight",
+        **_GGUF_EXPERTS,
+        **{name.replace("W_", "b_"): stored.replace(".weight", ".bias") for name, stored in _GGUF_EXPERTS.items()},
+    },
+    "deepseek2": {
+        **_without(_GGUF_DENSE, "W_K", "W_V", "b_Q", "b_K", "b_V", "b_O", "b_gate", "b_in", "b_out"),
+        **_GGUF_EXPERTS,
+        **_GGUF_SHARED_EXPERT,
+        "blocks.{}.attn.W_DQ": "blk.{}.attn_q_a.weight",
+        "blocks.{}.attn.q_a_norm.w": "blk.{}.attn_q_a_norm.weight",
+        "blocks.{}.attn.W_UQ": "blk.{}.attn_q_b.weight",
+        "blocks.{}.attn.W_DKV": "blk.{}.attn_kv_a_mqa.weight",
+        "blocks.{}.attn.kv_a_norm.w": "blk.{}.attn_kv_a_norm.weight",
+        "blocks.{}.attn.W_UK": Stored("blk.{}.attn_k_b.weight", transposed=True, flat=True),
+        "blocks.{}.attn.W_UV": Stored("blk.{}.attn_v_b.weight", flat=True),
+        "blocks.{}.mlp.b_correction": "blk.{}.exp_probs_b.bias",
+    },
 }
 
 # GGUF architectures whose converter reorders the rows of W_Q and W_K, from RoPE pairs (i, i + d_head/2) to (2i, 2i + 1).
@@ -169,6 +211,19 @@ _HF_GPT2: Names = {
     "unembed.W_U": "lm_head.weight",
 }
 
+_HF_DEEPSEEK: Names = {
+    **_without(_HF_DENSE, "W_K", "W_V", "b_Q", "b_K", "b_V"),
+    **_HF_EXPERTS,
+    **{name: stored.replace("shared_expert.", "shared_experts.") for name, stored in _HF_SHARED_EXPERT.items()},
+    "blocks.{}.attn.W_DQ": "model.layers.{}.self_attn.q_a_proj.weight",
+    "blocks.{}.attn.q_a_norm.w": "model.layers.{}.self_attn.q_a_layernorm.weight",
+    "blocks.{}.attn.W_UQ": "model.layers.{}.self_attn.q_b_proj.weight",
+    "blocks.{}.attn.W_DKV": "model.layers.{}.self_attn.kv_a_proj_with_mqa.weight",
+    "blocks.{}.attn.kv_a_norm.w": "model.layers.{}.self_attn.kv_a_layernorm.weight",
+    **{f"blocks.{{}}.attn.W_{x}": Stored("model.layers.{}.self_attn.kv_b_proj.weight", section=x) for x in ("UK", "UV")},
+    "blocks.{}.mlp.b_correction": "model.layers.{}.mlp.gate.e_score_correction_bias",
+}
+
 HF_NAMES: Mapping[str, Names] = {
     "llama": _HF_DENSE,
     "mistral": _HF_DENSE,
@@ -184,8 +239,26 @@ HF_NAMES: Mapping[str, Names] = {
     "phi3": {**_HF_DENSE, **_HF_FUSED},
     "gpt2": _HF_GPT2,
     "starcoder2": {**_HF_ENDS, **_HF_BLOCK, **_HF_PLAIN_MLP, **_HF_NORM_BIASES},
-    "stablelm": {**_HF_DENSE, **_HF_NORM_BIASES},
+    "stablelm": {
+        **_HF_DENSE,
+        **_HF_NORM_BIASES,
+        "blocks.{}.attn.q_norm.w": "model.layers.{}.self_attn.q_layernorm.norms.{h}.weight",
+        "blocks.{}.attn.k_norm.w": "model.layers.{}.self_attn.k_layernorm.norms.{k}.weight",
+    },
     "granite": _HF_DENSE,
+    "gpt_oss": {
+        **_HF_ENDS,
+        **_HF_BLOCK,
+        "blocks.{}.attn.sinks": "model.layers.{}.self_attn.sinks",
+        "blocks.{}.mlp.W_router": "model.layers.{}.mlp.router.weight",
+        "blocks.{}.mlp.b_router": "model.layers.{}.mlp.router.bias",
+        **{f"blocks.{{}}.mlp.experts.W_{x}": Stored("model.layers.{}.mlp.experts.gate_up_proj", step=(i, 2), transposed=True) for i, x in enumerate(("gate", "in"))},
+        **{f"blocks.{{}}.mlp.experts.b_{x}": Stored("model.layers.{}.mlp.experts.gate_up_proj_bias", step=(i, 2)) for i, x in enumerate(("gate", "in"))},
+        "blocks.{}.mlp.experts.W_out": Stored("model.layers.{}.mlp.experts.down_proj", transposed=True),
+        "blocks.{}.mlp.experts.b_out": "model.layers.{}.mlp.experts.down_proj_bias",
+    },
+    "deepseek_v2": _HF_DEEPSEEK,
+    "deepseek_v3": _HF_DEEPSEEK,
     "mixtral": {
         **_HF_ENDS,
         **_HF_BLOCK,

@@ -7,8 +7,10 @@
 
 Canonical names follow TransformerLens: embed.W_E, blocks.L.ln1.w, blocks.L.attn.W_Q/W_K/W_V/W_O (biases b_Q, ...), blocks.L.ln2.w,
 blocks.L.mlp.W_gate/W_in/W_out, blocks.L.mlp.W_router, blocks.L.mlp.experts.W_gate/W_in/W_out (expert, out, in), ln_final.w, unembed.W_U.
-Where an architecture has them: biases of norms (ln1.b, ...), attn.q_norm.w and k_norm.w, ln1_post.w and ln2_post.w, pos_embed.W_pos,
-mlp.shared.W_gate/W_in/W_out of a shared expert.
+Where an architecture has them: biases of norms (ln1.b, ...), attn.q_norm.w and k_norm.w ((head, d_head) where each head has its own), ln1_post.w and ln2_post.w, pos_embed.W_pos,
+mlp.shared.W_gate/W_in/W_out of a shared expert, attn.sinks, biases of the router (mlp.b_router) and of experts (mlp.experts.b_gate, ...),
+mlp.b_correction that a router adds to choose by; of latent attention the matrices of its paper (DeepSeek-AI, arXiv:2405.04434): attn.W_DQ, W_UQ,
+W_DKV (the rotary key's rows last), W_UK and W_UV (head after head), and attn.q_a_norm.w and kv_a_norm.w between them.
 Under them both formats give the same numbers: rows that the converter to GGUF reordered for RoPE stand in the checkpoint's order
 again, fused matrices are taken apart, and a norm's w is what it multiplies with, also where the checkpoint keeps w - 1. The file's own
 names are accepted as well and give the tensor as it is stored. Tied embeddings appear under both names.
@@ -20,7 +22,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,7 +34,7 @@ from backend.errors import LayerscopeError
 from backend.gguf_header import GgufHeader, model_info, read_header
 from backend.hf_config import TensorEntry, check_folder
 from backend.model_info import ModelInfo
-from backend.weight_names import GGUF_NAMES, HF_NAMES, ROTARY_INTERLEAVED, Names, Stored, section
+from backend.weight_names import EACH, GGUF_NAMES, HF_NAMES, ROTARY_INTERLEAVED, Names, Stored, section_rows
 
 _FLOATS: dict[str, type[np.generic]] = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
 
@@ -94,13 +96,31 @@ class _StackedRows:
 
 @dataclass(frozen=True)
 class _Columns:
-    """The columns of a stored matrix, for tensors that lie (in, out). All of it is read whichever of them are asked for."""
+    """The columns of stored matrices of `n_rows` x `n_columns`, for tensors that lie (in, out). A matrix is read whole whichever of them are asked for."""
 
     stored: _Rows
     n_rows: int
+    n_columns: int
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        return np.ascontiguousarray(self.stored.read(np.arange(self.n_rows, dtype=np.int64))[:, rows].T)
+        out = np.empty((len(rows), self.n_rows), np.float32)
+        owner, column = rows // self.n_columns, rows % self.n_columns
+        for matrix in np.unique(owner):
+            mine = owner == matrix
+            out[mine] = self.stored.read(matrix * self.n_rows + np.arange(self.n_rows, dtype=np.int64))[:, column[mine]].T
+        return out
+
+
+@dataclass(frozen=True)
+class _EveryNth:
+    """Rows with every n-th of their columns from the i-th, for matrices that lie interleaved."""
+
+    stored: _Rows
+    step: tuple[int, int]
+
+    def read(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        i, n = self.step
+        return np.ascontiguousarray(self.stored.read(rows)[:, i::n])
 
 
 @dataclass(frozen=True)
@@ -227,8 +247,9 @@ def _open_folder(path: Path) -> Weights:
         weight = _in_folder(native, stored.name)
         if weight is None and name == "unembed.W_U" and folder.config.get("tie_word_embeddings", folder.keys.tied):
             weight = _in_folder(native, _stored_name(names, "embed.W_E"))
-        if weight is None and "{e}" in stored.name:
-            weight = _stack([native[one] for e in range(info.n_experts) if (one := stored.name.replace("{e}", str(e))) in native], info, name)
+        mark = next((mark for mark in EACH if mark in stored.name), None)
+        if mark:
+            weight = _stack(native, stored.name, mark, info, name)
         if weight is not None:
             canonical[name] = _canonical(name, weight, stored, info)
     return Weights(info, canonical, native)
@@ -241,14 +262,18 @@ def _in_folder(native: Mapping[str, Weight], name: str) -> Weight | None:
 
 def _canonical(name: str, weight: Weight, stored: Stored, info: ModelInfo) -> Weight:
     """The canonical weight inside a stored tensor."""
-    shape, rows = weight.shape, weight.rows
+    shape, rows, nbytes = weight.shape, weight.rows, weight.nbytes
+    if stored.step:
+        i, n = stored.step
+        shape, rows, nbytes = (*shape[:-1], len(range(i, shape[-1], n))), _EveryNth(rows, stored.step), nbytes // n
     if stored.transposed:
-        shape, rows = shape[::-1], _Columns(rows, shape[0])
+        shape, rows = (*shape[:-2], shape[-1], shape[-2]), _Columns(rows, shape[-2], shape[-1])
+    if stored.flat:
+        shape = (math.prod(shape[:-1]), shape[-1])
     if not stored.section:
-        return replace(weight, name=name, shape=shape, rows=rows, plus=stored.plus)
-    taken = section(stored.section, info)
-    order = np.arange(taken.start, taken.stop, dtype=np.int64)
-    nbytes = weight.nbytes // shape[0] * len(order)
+        return replace(weight, name=name, shape=shape, rows=rows, nbytes=nbytes, plus=stored.plus)
+    order = section_rows(stored.section, info, shape[0])
+    nbytes = nbytes // shape[0] * len(order)
     return replace(weight, name=name, shape=(len(order), *shape[1:]), rows=rows, nbytes=nbytes, row_order=order, plus=stored.plus)
 
 
@@ -259,12 +284,14 @@ def _safetensors_weight(shard: Path, name: str, entry: TensorEntry) -> Weight:
     return Weight(name, (name,), entry.shape or (1,), entry.dtype, n_bytes, rows)
 
 
-def _stack(parts: Sequence[Weight], info: ModelInfo, name: str) -> Weight | None:
-    """The experts of one layer as one (expert, out, in) weight."""
+def _stack(native: Mapping[str, Weight], stored: str, mark: str, info: ModelInfo, name: str) -> Weight | None:
+    """The matrices of the experts, or the norms of the heads, of one layer as one weight, (expert, out, in) or (head, d_head)."""
+    n, what = info.dims[EACH[mark]], EACH[mark].replace("_", " ")
+    parts = [native[one] for i in range(n) if (one := stored.replace(mark, str(i))) in native]
     if not parts:
         return None
-    if len(parts) != info.n_experts or len({(part.shape, part.dtype) for part in parts}) > 1:
-        raise LayerscopeError(f"{info.name} has {len(parts)} of {info.n_experts} equal experts for {name}.")
+    if len(parts) != n or len({(part.shape, part.dtype) for part in parts}) > 1:
+        raise LayerscopeError(f"{info.name} has {len(parts)} of {n} equal {what}s for {name}.")
     first = parts[0]
     rows = _StackedRows(tuple(part.rows for part in parts if isinstance(part.rows, _FileRows)), math.prod(first.shape[:-1]))
     return Weight(name, tuple(part.name for part in parts), (len(parts), *first.shape), first.dtype, sum(part.nbytes for part in parts), rows)

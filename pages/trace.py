@@ -99,6 +99,7 @@ def _metadata(trace: Trace) -> html.Div:
         "Model": f"{info.name}: {info.architecture}, {info.n_params / 1e6:,.1f} M parameters, {info.quantization}",
         "Shape": f"{info.n_layers} layers, {heads}, d_model {info.d_model:,}, vocabulary {info.d_vocab:,}{experts}",
         "Engine": trace.engine_version or trace.engine,
+        "Note": " ".join(meta["notes"]) if meta.get("notes") else None,
         "Prompt": html.Span(trace.prompt, className="mono wrap"),
         "Answer": html.Span(trace.response, className="mono wrap") if trace.response else None,
         "Generation": _pairs(meta.get("generation")),

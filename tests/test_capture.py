@@ -120,6 +120,23 @@ def test_per_head_results_sum_to_the_attention_output(trace):
     np.testing.assert_allclose(total, trace["attn_out", 1], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["granite", "olmo2", "gemma2"])
+def test_per_head_results_are_taken_before_what_follows_w_o(kind, tiny_model, tmp_path):
+    """Their sum, multiplied (granite) or normed with a gain (olmo2, gemma2), is the attention output."""
+    from backend.weights import open_weights
+
+    engine = open_engine(tiny_model(kind).hf, OPTIONS)
+    with Trace(capture(engine, CaptureSpec(PROMPT, precision="float32"), tmp_path)) as trace:
+        total, attn_out = trace["result", 1].sum(axis=1), trace["attn_out", 1]
+    engine.close()
+    if kind == "granite":
+        follows = 0.6 * total  # the fixture's residual_multiplier
+    else:
+        follows = total / np.sqrt((total**2).mean(-1, keepdims=True) + engine.info.norm_eps) * open_weights(tiny_model(kind).hf)["blocks.1.ln1_post.w"]
+    np.testing.assert_allclose(follows, attn_out, rtol=1e-3, atol=1e-4)
+    assert np.abs(total - attn_out).max() > 0.1
+
+
 def test_only_the_layers_asked_for_are_stored(engine, tmp_path):
     spec = CaptureSpec(PROMPT, sites=("attn_pattern", "resid_post"), layers=(1,))
     with Trace(capture(engine, spec, tmp_path)) as trace:

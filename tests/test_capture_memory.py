@@ -24,6 +24,7 @@ class LayeredEngine:
 
     def __init__(self, n_layers: int) -> None:
         self.info = ModelInfo("deep", "", "hf", "llama", n_layers, n_heads=4, n_kv_heads=4, d_model=64, d_head=16, d_mlp=64, d_vocab=50, n_ctx=1024)
+        self.places = frozenset((site, layer) for site in self.sites for layer in (range(n_layers) if SITES[site].per_layer else (None,)))
 
     def token_texts(self, ids: list[int]) -> list[str]:
         return [str(i) for i in ids]

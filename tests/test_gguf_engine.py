@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import ctypes
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from backend.errors import Cancelled, LayerscopeError
 from backend.ggml_types import GGML_TYPES
 from backend.intervention import Intervention
 from backend.sites import SITES
+from tests import gguf_fixtures
 from tests.test_hf_engine import Values, capture, eager_model, logits_with
 from tests.tiny_models import TinyModel, save_tiny
 
@@ -463,7 +465,27 @@ def test_special_tokens_half_characters_and_bos(llama: GgufEngine) -> None:
         llama.tokenize("\ud800")
 
 
+def test_scores_are_masked_where_llama_cpps_own_window_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Olmo 3 files carry the name olmo2 and a window in three of four layers; transformers has no such olmo2, so llama.cpp's pattern is the oracle."""
+    row = gguf_fixtures.ROWS["olmo2"]
+    monkeypatch.setattr(gguf_fixtures, "ROWS", {"olmo2": replace(row, keys={**row.keys, "attention.sliding_window": 5})})
+    engine = GgufEngine(save_tiny("olmo2", tmp_path / "olmo", num_hidden_layers=4).gguf, OpenOptions(n_gpu_layers=0))
+    values = capture(engine, IDS, ("attn_scores", "attn_pattern"))
+    for layer in range(4):
+        assert np.array_equal(np.isneginf(values["attn_scores", layer]), values["attn_pattern", layer] == 0)
+        assert (values["attn_pattern", layer][:, 11, :6] > 0).any() == (layer == 3)
+
+
 # ggml
+
+
+def test_gelu_comes_from_a_float16_table(tiny_model: Callable[[str], TinyModel]) -> None:
+    """Why architectures with GELU agree less closely with PyTorch: each hidden value is float16 GELU of the float16 input, to the bit."""
+    engine = GgufEngine(tiny_model("gpt2").gguf, OpenOptions(n_gpu_layers=0))
+    values = capture(engine, IDS, ("mlp_pre", "mlp_post"))
+    for layer in range(engine.info.n_layers):
+        x = torch.from_numpy(values["mlp_pre", layer].copy()).half().float()
+        assert np.array_equal(values["mlp_post", layer], torch.nn.functional.gelu(x, approximate="tanh").half().float().numpy())
 
 
 def test_dequantizing_is_bit_equal_to_gguf_py_for_every_type_it_knows() -> None:
@@ -483,6 +505,14 @@ def test_dequantizing_is_bit_equal_to_gguf_py_for_every_type_it_knows() -> None:
         assert np.array_equal(got, want, equal_nan=True), name
         checked.append(name)
     assert {"Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "BF16"} <= set(checked)
+
+
+def test_mxfp4_weights_are_scaled_e2m1_values() -> None:
+    """One block of 32 values as gpt-oss files hold its experts: a power of two and 4-bit floats (OCP Microscaling v1.0, 5.3.3), low nibbles first."""
+    e2m1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+    codes = np.arange(32) % 16
+    block = bytes([127 + 2, *(codes[:16] | codes[16:][::-1] << 4)])
+    assert np.array_equal(dequantize(39, block, 32), 4 * e2m1[np.concatenate([codes[:16], codes[16:][::-1]])])
 
 
 def test_our_table_of_types_is_ggmls_own() -> None:

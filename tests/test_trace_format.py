@@ -105,7 +105,7 @@ def test_token_texts_may_hold_any_character(tmp_path):
     [
         (Piece("resid_post", 0, 0, np.zeros((N, 9), np.float32), ""), "d_model=8"),
         (Piece("attn_pattern", 0, 0, np.zeros((4, N, N - 1), np.float32), ""), "k_pos=5"),
-        (Piece("z", 0, 0, np.zeros((N, 2, 4), np.float32), ""), "head=4, d_head=2"),
+        (Piece("z", 0, 0, np.zeros((N, 2, 4), np.float32), ""), "head=4, d_head_v=2"),
         (Piece("resid_post", 0, 3, np.zeros((N, 8), np.float32), ""), "expected"),
         (Piece("resid_post", None, 0, np.zeros((N, 8), np.float32), ""), "needs layer"),
     ],

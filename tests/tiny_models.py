@@ -33,12 +33,18 @@ class TinyModel:
         from tests import gguf_fixtures
 
         out = self.hf.with_name(f"{self.hf.name}-f32.gguf")
-        if self.kind in gguf_fixtures.ROWS:
+        if architecture_of(self.kind) in gguf_fixtures.ROWS:
             gguf_fixtures.write_f32(self.hf, out)
         else:
             write_gguf(self.hf, out, ftype="f32")
         return out
 
+
+_DEEPSEEK_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 256}
+_DEEPSEEK = {  # the norms of the latents have an epsilon of their own in transformers, 1e-6
+    "rms_norm_eps": 1e-6, "num_key_value_heads": 4, "intermediate_size": 96, "moe_intermediate_size": 48, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 2,
+    "first_k_dense_replace": 1, "kv_lora_rank": 32, "qk_nope_head_dim": 20, "qk_rope_head_dim": 12, "v_head_dim": 28,
+}  # fmt: skip
 
 # What a tiny model of each kind has besides _COMMON: sizes that differ from each other, and the parts that make it special.
 _KINDS: dict[str, dict[str, Any]] = {
@@ -69,8 +75,30 @@ _KINDS: dict[str, dict[str, Any]] = {
     "granite": {
         "intermediate_size": 96, "attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.6, "logits_scaling": 2.5,
     },
+    "gpt_oss": {
+        "intermediate_size": 48, "head_dim": 24, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 8,
+        "rope_parameters": {  # llama.cpp rounds the range that YaRN bends, so "truncate"
+            "rope_type": "yarn", "rope_theta": 150000.0, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True,
+            "original_max_position_embeddings": 256,
+        },
+    },
+    "deepseek_v2": {  # the first layer is dense; queries straight from W_Q
+        **_DEEPSEEK, "q_lora_rank": None, "topk_method": "greedy", "routed_scaling_factor": 1.0, "rope_parameters": {**_DEEPSEEK_ROPE, "mscale": 0.707, "mscale_all_dim": 0.707},
+    },
+    "deepseek_v3": {
+        **_DEEPSEEK, "q_lora_rank": 40, "n_group": 4, "topk_group": 2, "norm_topk_prob": True, "routed_scaling_factor": 2.5, "num_nextn_predict_layers": 0,
+        "rope_parameters": {**_DEEPSEEK_ROPE, "mscale": 1.0, "mscale_all_dim": 1.0},
+    },
     "stablelm": {"intermediate_size": 96, "use_qkv_bias": True, "layer_norm_eps": 1e-4, "partial_rotary_factor": 0.5},
+    "stablelm, parallel": {  # as StableLM 2 12B
+        "intermediate_size": 96, "layer_norm_eps": 1e-4, "partial_rotary_factor": 0.5, "use_parallel_residual": True, "qk_layernorm": True,
+    },
 }
+
+
+def architecture_of(kind: str) -> str:
+    """The architecture of a tiny model; what follows a comma in its kind is a variant."""
+    return kind.partition(",")[0]
 
 
 def save_tiny(kind: str, folder: Path, **changes: Any) -> TinyModel:
@@ -80,10 +108,14 @@ def save_tiny(kind: str, folder: Path, **changes: Any) -> TinyModel:
 
     with torch.random.fork_rng():
         torch.manual_seed(sum(kind.encode()))
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**_COMMON, **_KINDS[kind], **changes}), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture_of(kind), **{**_COMMON, **_KINDS[kind], **changes}), dtype=torch.float32)
         with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                if name.endswith("e_score_correction_bias"):
+                    buffer.normal_(std=0.1)
             for name, parameter in model.named_parameters():
-                fan_in = parameter.shape[0 if kind == "gpt2" and ".h." in name else -1]  # GPT-2's matrices lie (in, out)
+                lies_in_out = (kind == "gpt2" and ".h." in name) or (kind == "gpt_oss" and parameter.dim() == 3)
+                fan_in = parameter.shape[-2 if lies_in_out and parameter.dim() > 1 else -1]
                 parameter.normal_(std=1.4 * fan_in**-0.5 if parameter.dim() > 1 else 0.3)
                 if parameter.dim() == 1 and name.endswith(".weight") and not kind.startswith("gemma"):  # Gemma multiplies with 1 + w
                     parameter.add_(1.0)

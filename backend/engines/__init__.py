@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -17,8 +17,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from backend.errors import LayerscopeError
-from backend.intervention import Intervention
+from backend.errors import LayerscopeError, ranges
+from backend.intervention import Intervention, edits_by_place
 from backend.model_info import ModelInfo
 from backend.sites import SITES
 
@@ -44,6 +44,7 @@ class Piece:
 
 DEFAULT_CONTEXT = 8192  # tokens; more only when asked for
 
+Where = tuple[str, int | None]  # site, layer
 Sink = Callable[[Piece], None]
 ShouldStop = Callable[[], bool]
 
@@ -61,6 +62,8 @@ def no_sink(piece: Piece) -> None:
 class Request:
     """What a run captures: the sites and, for sites that have layers, which layers (None: all).
 
+    Some sites exist in some layers only (a router in those with experts); others are left out there. `exact`: every site was
+    named together with every layer, and one that does not exist there is an error.
     heads, rows: what is kept of attention maps: (layer, head) pairs, and the query positions from rows[0] to before rows[1].
     None: all. Engines leave out layers and pieces of which nothing is kept; `cut` takes what is kept out of the rest.
     """
@@ -69,6 +72,7 @@ class Request:
     layers: tuple[int, ...] | None = None
     heads: tuple[tuple[int, int], ...] | None = None
     rows: tuple[int, int] | None = None
+    exact: bool = False
 
     def wants(self, site: str, layer: int | None, start: int = 0, n: int = sys.maxsize) -> bool:
         """Whether anything of this site is kept of positions `start` to `start + n`."""
@@ -77,6 +81,11 @@ class Request:
         if not SITES[site].is_attention_map:
             return True
         return (self.heads is None or any(at == layer for at, _ in self.heads)) and (self.rows is None or (start < self.rows[1] and self.rows[0] < start + n))
+
+    def to_json(self) -> dict[str, Any]:
+        """What a trace records of it; heads and rows where they were limited."""
+        limits = {name: list(value) for name, value in (("heads", self.heads), ("rows", self.rows)) if value is not None}
+        return {"sites": list(self.sites), "layers": list(self.layers) if self.layers is not None else None, **limits}
 
     def cut(self, piece: Piece) -> Piece | None:
         """The part of a piece of an attention map that is kept; any other piece as it is. None: nothing."""
@@ -126,7 +135,8 @@ class Engine(Protocol):
     """One loaded model. Not thread-safe; one run at a time. Runs leave no trace: hooks and edits are gone when `run` returns."""
 
     info: ModelInfo
-    sites: frozenset[str]  # what this model can offer; the rest does not exist in its architecture
+    places: frozenset[Where]  # (site, layer) that this model can offer; the rest does not exist in its architecture
+    sites: frozenset[str]  # the sites among them
     version: str  # engine and library version, for the trace's record
     compute: str  # what sets its rounding: the dtype of arithmetic (HF), or the storage of the weights (GGUF)
     n_ctx: int  # most tokens of one run: the smaller of the option and the model's own
@@ -180,7 +190,7 @@ def open_engine(path: Path, options: OpenOptions = OpenOptions(), engine: str | 
     raise LayerscopeError(f"There is no engine {kind!r}; engines are gguf and hf.")
 
 
-def check_request(info: ModelInfo, available: frozenset[str], request: Request, ids: list[int], n_ctx: int) -> None:
+def check_request(info: ModelInfo, places: Collection[Where], request: Request, ids: list[int], n_ctx: int) -> None:
     """The checks every engine makes before it runs; raises LayerscopeError with the value and the limit."""
     if not ids:
         raise LayerscopeError("The prompt is empty: it has 0 tokens, and at least 1 is needed.")
@@ -189,17 +199,37 @@ def check_request(info: ModelInfo, available: frozenset[str], request: Request, 
     bad = [i for i in ids if not 0 <= i < info.d_vocab]
     if bad:
         raise LayerscopeError(f"Token id {bad[0]} is outside the vocabulary of {info.d_vocab:,}.")
-    missing = [site for site in request.sites if site not in available]
-    if missing:
-        raise LayerscopeError(f"{info.name} ({info.architecture}) has no site {missing[0]!r}; it has {', '.join(sorted(available))}.")
     outside = [layer for layer in (*(request.layers or ()), *(layer for layer, _ in request.heads or ())) if not 0 <= layer < info.n_layers]
+    available = {site for site, _ in places}
+    for site in request.sites:
+        if site not in available:
+            raise LayerscopeError(f"{info.name} ({info.architecture}) has no site {site!r}; it has {', '.join(sorted(available))}.")
     if outside:
         raise LayerscopeError(f"Layer {outside[0]} is outside 0-{info.n_layers - 1} of {info.name}.")
+    for site in request.sites if request.layers else ():
+        lacking = [layer for layer in request.layers or () if (site, layer) not in places and (site, None) not in places]
+        if lacking and (request.exact or len(lacking) == len(request.layers or ())):
+            raise _no_such_layer(info, places, site, lacking[0])
     for layer, head in request.heads or ():
         if not 0 <= head < info.n_heads:
             raise LayerscopeError(f"Head {layer}.{head} is outside heads 0-{info.n_heads - 1} of {info.name}.")
     if request.rows is not None and not 0 <= request.rows[0] < request.rows[1] <= len(ids):
         raise LayerscopeError(f"Attention rows {request.rows[0]:,}-{request.rows[1] - 1:,} are not inside the {len(ids):,} tokens of the run.")
+
+
+def check_edits(info: ModelInfo, places: Collection[Where], edits: tuple[Intervention, ...]) -> None:
+    """Raise LayerscopeError for an edit of a site that the model does not have, or not in that layer."""
+    available = {site for site, _ in places}
+    for site, layer in edits_by_place(edits):
+        if site not in available:
+            raise LayerscopeError(f"{info.name} ({info.architecture}) has no site {site!r} to edit.")
+        if (site, layer) not in places:
+            raise _no_such_layer(info, places, site, layer)
+
+
+def _no_such_layer(info: ModelInfo, places: Collection[Where], site: str, layer: int | None) -> LayerscopeError:
+    layers = ranges(sorted(at for name, at in places if name == site and at is not None))
+    return LayerscopeError(f"{info.name} ({info.architecture}) has no site {site!r} in layer {layer}; it has it in {layers}.")
 
 
 def default_threads() -> int:

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from backend.engines import DEFAULT_CONTEXT, OpenOptions, Request, Sampling, ShouldStop, Sink, check_request, never_stop, no_sink
+from backend.engines import DEFAULT_CONTEXT, OpenOptions, Request, Sampling, ShouldStop, Sink, check_edits, check_request, never_stop, no_sink
 from backend.engines.ggml import Tensor, check_layout
 from backend.engines.gguf_context import Context, Model
 from backend.engines.gguf_graph import Place, SeenNode, Watch, find_places
@@ -72,7 +72,8 @@ class GgufEngine:
             self.close()
             raise
         self.compute = self.info.quantization
-        self.sites = frozenset(site for site, _ in self._places)
+        self.places = frozenset(self._places)
+        self.sites = frozenset(site for site, _ in self.places)
         device = "GPU" if self._model.n_gpu_layers else "CPU"
         self.version = f"llama-cpp-python {importlib.metadata.version('llama-cpp-python')}, {device}, {options.kv_cache} KV cache"
 
@@ -94,7 +95,7 @@ class GgufEngine:
         An edit whose meaning spans positions (a mean over them, an array with a position axis, an attention map) makes the
         prompt run whole instead of in pieces.
         """
-        check_request(self.info, self.sites, request, ids, self.n_ctx)
+        check_request(self.info, self.places, request, ids, self.n_ctx)
         tap = self._tap(request, sink, edits, should_stop, len(ids))
         self._prefill(ids, tap, self._piece(edits, ids), n_ctx=len(ids), all_outputs=True)
 
@@ -105,7 +106,7 @@ class GgufEngine:
         Positions of edits are absolute; negative ones count from the end of the prompt. An edit without positions holds for new
         tokens too. Raises LayerscopeError when prompt and new tokens together exceed the context.
         """
-        check_request(self.info, self.sites, Request(()), ids, self.n_ctx)
+        check_request(self.info, self.places, Request(()), ids, self.n_ctx)
         if len(ids) + n > self.n_ctx:
             raise LayerscopeError(f"A prompt of {len(ids):,} tokens and {n:,} new ones are more than the {self.n_ctx:,} of the context.")
         check_sampling(sampling)
@@ -185,14 +186,10 @@ class GgufEngine:
 
     def _tap(self, request: Request, sink: Sink, edits: tuple[Intervention, ...], should_stop: ShouldStop, n_tokens: int) -> Tap:
         """Check the edits; stop at the nodes that are wanted, edited, or the end of a layer."""
-        by_place = edits_by_place(edits)
         for edit in edits:
             edit.check(self.info, n_tokens)
-        for site, layer in by_place:
-            if (site, layer) not in self._places:
-                at = "" if layer is None else f" in layer {layer}"
-                raise LayerscopeError(f"{self.info.name} ({self.info.architecture}) has no site {site!r}{at} to edit.")
-        return Tap(self.info, self.info.architecture in ROTARY_INTERLEAVED, self._table.window_period, request, sink, by_place, should_stop, n_tokens)
+        check_edits(self.info, self.places, edits)
+        return Tap(self.info, self.info.architecture in ROTARY_INTERLEAVED, self._table.window_period, request, sink, edits_by_place(edits), should_stop, n_tokens)
 
     def _stops(self, tap: Tap, n: int) -> Iterable[Place]:
         """Where to stop while the `n` tokens from `tap.start` on are run."""

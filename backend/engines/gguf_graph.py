@@ -73,6 +73,8 @@ def find_places(table: Architecture, nodes: Iterable[SeenNode]) -> dict[Where, P
         by.setdefault(key, []).append(row)
     places: dict[Where, Place] = {}
     scales: dict[int | None, float] = {}
+    nodes = list(nodes)
+    taken = {_split(operand) for node in nodes for operand in node.operands}
     for node in nodes:
         name, layer = _split(node.name)
         op = op_name(node.op)
@@ -82,7 +84,7 @@ def find_places(table: Architecture, nodes: Iterable[SeenNode]) -> dict[Where, P
                 if row.op == op:
                     places[row.site, at] = Place(row.site, at, "", node.op, operand, part=row.part)
         for row in by_name.get(name, ()):
-            if row.op in ("", op):
+            if row.op in ("", op) and (not row.beside or (row.beside, layer) in taken):
                 places[row.site, layer] = Place(row.site, layer, node.name, node.op, part=row.part)
         if name == "kq_soft_max":
             scales[layer] = node.scale

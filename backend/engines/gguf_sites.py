@@ -8,7 +8,7 @@ weight that an unnamed node multiplies. `backend.engines.gguf_graph` looks the r
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from backend.errors import LayerscopeError
@@ -23,6 +23,7 @@ class Node:
     weight  in place of a name: a weight or bias that an op takes, without "blk.L.", or a named node without "-L"; `op` is needed
             then. An ADD also takes the weight of the product that it adds
     part    (i, n): the i-th of n equal parts of the last axis; empty: all of it
+    beside  a weight, without "blk.L.", that some node of the same layer takes: in layers without it the name stands for something else
     """
 
     site: str
@@ -30,6 +31,7 @@ class Node:
     op: str = ""
     weight: str = ""
     part: tuple[int, int] | tuple[()] = ()
+    beside: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,26 @@ _UNGATED_MLP = (
 _SHARED_EXPERT_BLOCK = tuple(node for node in _MLP if not node.site.startswith("mlp_p"))
 _SCALED = (Node("embed", "embd", "SCALE"), Node("attn_out", weight="attn_out", op="SCALE"), Node("mlp_out", weight="ffn_out", op="SCALE"))
 _FUSED_MLP = (Node("mlp_pre", "ffn_up", part=(0, 2)), Node("mlp_pre_linear", "ffn_up", part=(1, 2)))
+# The router is a product and a bias, and the sum is called ffn_moe_probs; there are no probabilities over all experts: the weights
+# are a softmax over the logits of the chosen ones. So router_probs is no site.
+_GPT_OSS_BLOCK = (
+    Node("resid_mid", "ffn_inp"),
+    Node("ln2_out", "attn_post_norm"),
+    Node("router_logits", "ffn_moe_probs", "ADD"),
+    *(node for node in _EXPERTS if node.site in ("expert_indices", "expert_weights", "mlp_out")),
+    Node("resid_post", "l_out"),
+)
+# Latent attention (MLA): llama.cpp multiplies what makes keys into the queries, so that there are no keys, values or turned queries of
+# a head; z is what enters W_O all the same. The names of the one MLP of the first layers stand for the shared expert in the others.
+_DEEPSEEK_BLOCK = (
+    Node("ln1_out", "attn_norm"),
+    Node("q", "q", "RESHAPE"),
+    *(node for node in _ATTENTION if node.site in ("attn_scores", "attn_pattern", "z")),
+    *_ATTENTION_OUT,
+    *(replace(node, beside="ffn_down.weight") if node.site.startswith("mlp_p") else node for node in _MLP),
+    *(node for node in _EXPERTS if node.site != "mlp_out"),
+    Node("router_probs", "ffn_moe_probs", "UNARY"),
+)
 _DENSE = _EMBEDDING + _ATTENTION + _ATTENTION_OUT + _MLP + _OUTPUT
 
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -114,7 +136,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen2": Architecture(_DENSE),
     "qwen3": Architecture(_DENSE),
     "smollm3": Architecture(_DENSE + _UNROTATED),
-    "olmo2": Architecture(_DENSE + _WIDE_QK + _POST_NORMS),
+    # Olmo 3 files carry the name too, and have windows.
+    "olmo2": Architecture(_DENSE + _WIDE_QK + _POST_NORMS, window_period=4),
     "gemma2": Architecture(
         (*_DENSE, *_SOFTCAP, *_POST_NORMS, Node("embed", "inp_scaled"), Node("resid_mid", "sa_out"), Node("mlp_post", "ffn_geglu")),
         logit_softcap="final_logit_softcapping",
@@ -134,8 +157,11 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         norm="layer",
     ),
     "starcoder2": Architecture(_EMBEDDING + _ATTENTION + _ATTENTION_OUT + _ATTENTION_OUT_BIAS + _UNGATED_MLP + _OUTPUT, norm="layer"),
-    "stablelm": Architecture(_DENSE, norm="layer"),
+    # StableLM 2 12B has no second norm: attention and MLP read the same, and the sum of the first two is nothing that a block reads.
+    "stablelm": Architecture(tuple(replace(node, beside="ffn_norm.weight") if node.site == "resid_mid" else node for node in _DENSE), norm="layer"),
     "granite": Architecture(_DENSE + _SCALED, logit_divisor="logit_scale"),
+    "gpt-oss": Architecture(_EMBEDDING + _ATTENTION + _ATTENTION_OUT + _GPT_OSS_BLOCK + _OUTPUT, window_period=2),
+    "deepseek2": Architecture(_EMBEDDING + _DEEPSEEK_BLOCK + _OUTPUT),
 }
 
 

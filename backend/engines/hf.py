@@ -4,6 +4,7 @@
     hf_sites      the table: architecture -> module paths of sites and weights
     hf_taps       a run's edits and captures as hooks, which always come off
     hf_attention  the attention function that shows scores, pattern and z
+    hf_router     how routers choose experts, for edits of their scores
     hf_tokenizer  text and ids
 
 A prompt longer than PIECE tokens runs in pieces over a key/value cache, as llama.cpp does with its micro-batches: memory for
@@ -15,21 +16,22 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from backend.engines import DEFAULT_CONTEXT, OpenOptions, Request, Sampling, ShouldStop, Sink, check_request, never_stop, no_sink
+from backend.engines import DEFAULT_CONTEXT, OpenOptions, Request, Sampling, ShouldStop, Sink, check_edits, check_request, never_stop, no_sink
 from backend.engines.hf_sites import ARCHITECTURES
-from backend.engines.hf_taps import Tap, installed, to_numpy
+from backend.engines.hf_taps import Tap, has_module, installed, to_numpy
 from backend.engines.hf_tokenizer import HfTokenizer, first_line
 from backend.engines.sampling import check_sampling, choose
 from backend.errors import LayerscopeError
 from backend.hf_config import CONFIG_LIMIT, model_info, read_json
 from backend.intervention import Intervention
-from backend.weight_names import section
+from backend.weight_names import section_rows
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +62,8 @@ class HfEngine:
         )
         self._eos_ids = _eos_ids(path) | ({self.info.eos_id} if self.info.eos_id is not None else set())
         self.n_ctx = min(options.n_ctx or DEFAULT_CONTEXT, info.n_ctx)
-        self.sites = self._row.sites
+        self.places = self._row.sites_of(self.info.n_layers, partial(has_module, self._model))
+        self.sites = frozenset(site for site, _ in self.places)
         self.compute = str(self._model.dtype).removeprefix("torch.")
         self.version = f"transformers {transformers.__version__}, torch {torch.__version__}, {self.device}, {self.compute}"
 
@@ -82,10 +85,10 @@ class HfEngine:
         Pieces hold at most PIECE positions. An edit whose meaning spans positions (a mean over them, an array with a
         position axis, an attention map) makes the prompt run whole.
         """
-        check_request(self.info, self.sites, request, ids, self.n_ctx)
+        check_request(self.info, self.places, request, ids, self.n_ctx)
         self._check_edits(edits, len(ids))
         tap = Tap(self.info, request, sink, edits, should_stop, len(ids))
-        with _no_grad(), installed(self._model, self._row, tap):
+        with _no_grad(), installed(self._model, self._row, tap, self.places):
             self._prefill(ids, tap, cache=None if len(ids) <= _piece(edits, ids) else self._cache(), size=_piece(edits, ids))
 
     def generate(self, ids: list[int], n: int, sampling: Sampling, on_token: Callable[[int], None] | None = None,
@@ -95,14 +98,14 @@ class HfEngine:
         Positions of edits are absolute; negative ones count from the end of the prompt. An edit without positions holds for new
         tokens too. Raises LayerscopeError when prompt and new tokens together exceed the context.
         """
-        check_request(self.info, self.sites, Request(()), ids, self.n_ctx)
+        check_request(self.info, self.places, Request(()), ids, self.n_ctx)
         if len(ids) + n > self.n_ctx:
             raise LayerscopeError(f"A prompt of {len(ids):,} tokens and {n:,} new ones are more than the {self.n_ctx:,} of the context.")
         check_sampling(sampling)
         self._check_edits(edits, len(ids))
         tap, cache, rng = Tap(self.info, Request(()), no_sink, edits, should_stop, len(ids)), self._cache(), np.random.default_rng(sampling.seed)
         new: list[int] = []
-        with _no_grad(), installed(self._model, self._row, tap):
+        with _no_grad(), installed(self._model, self._row, tap, self.places):
             logits = self._prefill(ids, tap, cache, _piece(edits, ids))
             while len(new) < n:
                 new.append(choose(logits, sampling, rng))
@@ -133,22 +136,32 @@ class HfEngine:
 
     def weight(self, name: str, rows: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """A weight by its canonical name, a float32 copy, (out, in); experts (expert, out, in); of its first axis `rows` only. Raises LayerscopeError."""
+        import torch
+
         block, _, rest = name.removeprefix("blocks.").partition(".") if name.startswith("blocks.") else ("", "", "")
         entry = self._row.weights.get(f"blocks.{{}}.{rest}" if rest else name)
         if entry is None or (rest and not (block.isdecimal() and int(block) < self.info.n_layers)):
             raise LayerscopeError(f"{self.info.name} has no weight {name[:80]!r}.")
-        module, _, parameter = entry.parameter.format(block).rpartition(".")
-        tensor = getattr(self._model.get_submodule(module), parameter, None)
-        if tensor is None:
+        n_each = self.info.dims[entry.each] if entry.each else 1
+        tensors = [self._parameter(entry.parameter.format(block, i)) for i in range(n_each)]
+        if any(tensor is None for tensor in tensors):
             raise LayerscopeError(f"{self.info.name} has no weight {name[:80]!r}.")
+        tensor = torch.stack(tensors) if entry.each else tensors[0]
+        if entry.step:
+            tensor = tensor[..., entry.step[0] :: entry.step[1]]
         if entry.transposed:
-            tensor = tensor.T
+            tensor = tensor.mT
         if entry.half is not None:
             tensor = tensor.chunk(2, dim=-2)[entry.half]
         if entry.section:
-            tensor = tensor[section(entry.section, self.info)]
+            tensor = tensor[section_rows(entry.section, self.info, len(tensor))]
         tensor = tensor if rows is None else tensor[rows.tolist()]
         return to_numpy(tensor) + np.float32(entry.plus) if entry.plus else np.ascontiguousarray(to_numpy(tensor)).copy()
+
+    def _parameter(self, path: str) -> Any:
+        """A parameter or buffer by its path, or None where the model has none there."""
+        module, _, parameter = path.rpartition(".")
+        return getattr(self._model.get_submodule(module), parameter, None) if has_module(self._model, module) else None
 
     def close(self) -> None:
         """Free the model and, on a GPU, the memory that PyTorch keeps for reuse."""
@@ -168,8 +181,7 @@ class HfEngine:
     def _check_edits(self, edits: tuple[Intervention, ...], n_tokens: int) -> None:
         for edit in edits:
             edit.check(self.info, n_tokens)
-            if edit.site not in self.sites and edit.site != "resid_pre":
-                raise LayerscopeError(f"{self.info.name} ({self.info.architecture}) has no site {edit.site!r} to edit.")
+        check_edits(self.info, self.places, edits)
 
     def _cache(self) -> Any:
         """A cache of every key: a sliding-window cache drops keys, and then positions would shift under edits and captures."""

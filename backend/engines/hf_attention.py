@@ -29,20 +29,20 @@ def register() -> None:
 
 def tapped_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *, scaling: float | None = None,
-    softcap: float | None = None, **kwargs: Any
+    softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """transformers' attention call. query: (1, head, pos, d_head), key and value: (1, kv_head, k_pos, d_head), keys rotated.
 
     With a cache k_pos counts from token 0 and the last rows are this piece's. Edits of rot_q and rot_k are written into the
-    tensors themselves, for rot_k so that the cache keeps the edited keys for later tokens.
+    tensors themselves, for rot_k so that the cache keeps the edited keys for later tokens. s_aux: (head,) attention sinks.
     Returns (z, None), z: (1, pos, head, d_head).
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     tap: Tap | None = getattr(module, TAP, None)
-    if tap is None and softcap is None:
+    if tap is None and softcap is None and s_aux is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    assert tap is not None, "a model with a soft-cap on its scores runs inside `installed` only"
+    assert tap is not None, "a model with a soft-cap or with attention sinks runs inside `installed` only"
     layer, source = int(module.layer_idx), f"{type(module).__name__}[{module.layer_idx}]"  # type: ignore[arg-type]
     n = query.shape[2]
     for site, rows in (("rot_q", query[0]), ("rot_k", key[0, :, -n:])):
@@ -50,9 +50,9 @@ def tapped_attention(
         changed = tap.through(site, layer, by_position, f"{source} {'query' if site == 'rot_q' else 'key'}")
         if changed is not None:
             by_position.copy_(changed)
-    # PyTorch's fused kernel has no soft-cap.
-    if softcap is not None or tap.touches("attn_scores", layer, n) or tap.touches("attn_pattern", layer, n):
-        z = _attend(tap, layer, source, query, key, value, attention_mask, scaling, softcap)
+    # PyTorch's fused kernel has neither a soft-cap nor sinks.
+    if softcap is not None or s_aux is not None or tap.touches("attn_scores", layer, n) or tap.touches("attn_pattern", layer, n):
+        z = _attend(tap, layer, source, query, key, value, attention_mask, scaling, softcap, s_aux)
     else:
         z, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     changed = tap.through("z", layer, z[0], f"{source} output")
@@ -60,9 +60,10 @@ def tapped_attention(
 
 
 def _attend(tap: Tap, layer: int, source: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None,
-            softcap: float | None) -> Tensor:  # fmt: skip
+            softcap: float | None, sinks: Tensor | None) -> Tensor:  # fmt: skip
     """softmax(mask(cap(q k^T scaling))) v, where cap(s) = c tanh(s / c) if there is a soft-cap, with the two maps handed out on the way; z: (1, pos, head, d_head).
 
+    A sink is one more score of each row, of no key: the softmax runs over it too, and it is left out of the pattern.
     A score edited where the mask forbids attention stays forbidden: the mask is applied after the edit, as in llama.cpp.
     """
     groups = query.shape[1] // key.shape[1]
@@ -77,10 +78,20 @@ def _attend(tap: Tap, layer: int, source: str, query: Tensor, key: Tensor, value
 
     scores = masked(scores[0])
     changed = tap.through("attn_scores", layer, scores, f"{source} scores", valid=masked)
-    pattern = (scores if changed is None else changed).softmax(dim=-1, dtype=_float32()).to(query.dtype)
+    pattern = _softmax(scores if changed is None else changed, sinks).to(query.dtype)
     changed = tap.through("attn_pattern", layer, pattern, f"{source} pattern")
     pattern = (pattern if changed is None else changed)[None]
     return (pattern @ value).transpose(1, 2).contiguous()
+
+
+def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:
+    """(head, pos, k_pos) -> probabilities of the real keys, as transformers' eager attention computes them."""
+    import torch
+
+    if sinks is None:
+        return scores.softmax(dim=-1, dtype=torch.float32)
+    with_sink = torch.cat([scores, sinks[:, None, None].expand(-1, scores.shape[1], 1).to(scores.dtype)], dim=-1)
+    return (with_sink - with_sink.amax(dim=-1, keepdim=True)).softmax(dim=-1)[..., :-1]
 
 
 def _allowed(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
@@ -90,8 +101,3 @@ def _allowed(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
         return query.new_ones((n, k)).bool().tril(k - n)
     return mask[0, 0]
 
-
-def _float32() -> Any:
-    import torch
-
-    return torch.float32

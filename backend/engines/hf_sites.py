@@ -7,9 +7,11 @@ attn_scores, attn_pattern and z are not modules: the attention function sees the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
+
+from backend.sites import SITES
 
 # Sites that the attention function offers in every architecture that goes through transformers' attention interface.
 ATTENTION_SITES = ("attn_scores", "attn_pattern", "z")
@@ -25,33 +27,59 @@ class Place:
     """
 
     module: str
+    otherwise: str = ""  # where there is no such module, the site is here
     side: Literal["input", "output"] = "output"
     part: int | str | None = None
     heads: bool = False  # the last axis is (head, d_head) flattened
     section: str = ""  # which columns of a fused projection, as backend.weight_names.section has them; empty: all
     times: str = ""  # the configuration's factor that the block multiplies the module's output with
 
+    def paths(self, layer: int | None) -> tuple[str, ...]:
+        """The modules of which the first that the model has is the site's."""
+        return tuple(path.format(layer) for path in ((self.module, self.otherwise) if self.otherwise else (self.module,)))
+
 
 @dataclass(frozen=True)
 class Router:
-    """A router module that returns (logits, weights, indices); its weights are the top k of softmax(logits)."""
+    """A router module that returns (logits, weights, indices).
+
+    renormalise  the weights of the chosen experts are made to sum to 1; a name: the module's attribute that says so
+    probs        what makes probabilities of the logits. "chosen": none over all experts exist, the weights are a softmax over the
+                 chosen experts' logits alone (gpt-oss), so that router_probs is no site
+    correction   the module's attribute that is added to the probabilities to choose by, but not to the weights
+    group_best   experts are chosen out of the best groups only, a group counting as much as its best so many experts together;
+                 0: there are no groups
+    scale        the module's attribute that the weights are multiplied with
+    """
 
     module: str
-    renormalise: bool | str  # the weights of the chosen experts are made to sum to 1; a name: the module's attribute that says so
+    renormalise: bool | str = False
+    probs: Literal["softmax", "sigmoid", "chosen"] = "softmax"
+    correction: str = ""
+    group_best: int = 0
+    scale: str = ""
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        return tuple(site for site in ROUTER_SITES if self.probs != "chosen" or site != "router_probs")
 
 
 @dataclass(frozen=True)
 class Weight:
     """A canonical weight as a parameter.
 
+    each        an axis: there is one parameter for each of its entries, the second {} in the path
     half        0 or 1: the upper or lower half of the rows of a fused matrix
+    step        (i, n): every n-th column from the i-th, of matrices that lie interleaved; empty: all
     section     which rows of a fused matrix, as backend.weight_names.section has them
     transposed  the parameter is (in, out)
     plus        added: the module multiplies with 1 + its parameter
     """
 
     parameter: str
+    each: str = ""
     half: int | None = None
+    step: tuple[int, int] | tuple[()] = ()
     section: str = ""
     transposed: bool = False
     plus: float = 0.0
@@ -70,10 +98,18 @@ class Architecture:
     logit_divisor: str = ""  # the configuration's name for what logits are divided by
     logit_softcap: str = ""  # the configuration's cap c in c tanh(logits / c)
 
-    @property
-    def sites(self) -> frozenset[str]:
-        rotary = ROTARY_SITES if self.rotary else ()
-        return frozenset((*self.places, *rotary, *ATTENTION_SITES, *(ROUTER_SITES if self.router else ())))
+    def sites_of(self, n_layers: int, has: Callable[[str], bool]) -> frozenset[tuple[str, int | None]]:
+        """Every (site, layer) whose module is in the model, as `has` says of a path; layer None: a site without layers.
+
+        A dense layer among layers with experts has no router, a parallel block no second norm: a variant is a module that is not there.
+        """
+        found: set[tuple[str, int | None]] = set()
+        for site, place in self.places.items():
+            found |= {(site, at) for at in (range(n_layers) if SITES[site].per_layer else (None,)) if any(has(path) for path in place.paths(at))}
+        found |= {(site, layer) for layer in range(n_layers) for site in (*(ROTARY_SITES if self.rotary else ()), *ATTENTION_SITES)}
+        if self.router:
+            found |= {(site, layer) for layer in range(n_layers) for site in self.router.sites if has(self.router.module.format(layer))}
+        return frozenset(found)
 
 
 _LAYER, _ATTN, _MLP = "model.layers.{}", "model.layers.{}.self_attn", "model.layers.{}.mlp"
@@ -224,7 +260,15 @@ _STARCODER2 = replace(
         **{f"blocks.{{}}.mlp.b_{ours}": Weight(f"{_MLP}.{theirs}.bias") for ours, theirs in (("in", "c_fc"), ("out", "c_proj"))},
     },
 )
-_STABLELM = replace(_LLAMA, weights={**_LLAMA.weights, **_NORM_BIASES})
+_STABLELM = replace(
+    _LLAMA,
+    weights={
+        **_LLAMA.weights,
+        **_NORM_BIASES,
+        "blocks.{}.attn.q_norm.w": Weight(f"{_ATTN}.q_layernorm.norms.{{}}.weight", each="head"),
+        "blocks.{}.attn.k_norm.w": Weight(f"{_ATTN}.k_layernorm.norms.{{}}.weight", each="kv_head"),
+    },
+)
 _GRANITE = replace(
     _LLAMA,
     places={
@@ -235,6 +279,59 @@ _GRANITE = replace(
     },
     logit_divisor="logits_scaling",
 )
+
+_GPT_OSS = Architecture(
+    layer=_LAYER,
+    attention=_ATTN,
+    final_norm="model.norm",
+    unembed="lm_head",
+    places={**_BLOCK_PLACES, "mlp_out": Place(_MLP, part=0)},
+    weights={
+        **_BLOCK_WEIGHTS,
+        "blocks.{}.attn.sinks": Weight(f"{_ATTN}.sinks"),
+        "blocks.{}.mlp.W_router": Weight(f"{_MLP}.router.weight"),
+        "blocks.{}.mlp.b_router": Weight(f"{_MLP}.router.bias"),
+        **{f"blocks.{{}}.mlp.experts.W_{x}": Weight(f"{_MLP}.experts.gate_up_proj", step=(i, 2), transposed=True) for i, x in enumerate(("gate", "in"))},
+        **{f"blocks.{{}}.mlp.experts.b_{x}": Weight(f"{_MLP}.experts.gate_up_proj_bias", step=(i, 2)) for i, x in enumerate(("gate", "in"))},
+        "blocks.{}.mlp.experts.W_out": Weight(f"{_MLP}.experts.down_proj", transposed=True),
+        "blocks.{}.mlp.experts.b_out": Weight(f"{_MLP}.experts.down_proj_bias"),
+    },
+    router=Router(f"{_MLP}.router", probs="chosen"),
+)
+
+# Latent attention (MLA) has no module that gives keys or values before the rotary embedding, and llama.cpp has them nowhere.
+_DEEPSEEK_V3 = Architecture(
+    layer=_LAYER,
+    attention=_ATTN,
+    final_norm="model.norm",
+    unembed="lm_head",
+    places={
+        **{site: place for site, place in _BLOCK_PLACES.items() if site not in ("k", "v")},
+        "q": Place(f"{_ATTN}.q_b_proj", otherwise=f"{_ATTN}.q_proj", heads=True),
+        **_GATED_MLP_PLACES,  # of the dense layers; the others have them for experts only
+    },
+    weights={
+        **{name: w for name, w in _BLOCK_WEIGHTS.items() if not name.endswith(("W_K", "W_V", "b_Q", "b_K", "b_V"))},
+        **_GATED_MLP_WEIGHTS,
+        **_FUSED_EXPERT_WEIGHTS,
+        "blocks.{}.attn.W_DQ": Weight(f"{_ATTN}.q_a_proj.weight"),
+        "blocks.{}.attn.q_a_norm.w": Weight(f"{_ATTN}.q_a_layernorm.weight"),
+        "blocks.{}.attn.W_UQ": Weight(f"{_ATTN}.q_b_proj.weight"),
+        "blocks.{}.attn.W_DKV": Weight(f"{_ATTN}.kv_a_proj_with_mqa.weight"),
+        "blocks.{}.attn.kv_a_norm.w": Weight(f"{_ATTN}.kv_a_layernorm.weight"),
+        **{f"blocks.{{}}.attn.W_{x}": Weight(f"{_ATTN}.kv_b_proj.weight", section=x) for x in ("UK", "UV")},
+        "blocks.{}.mlp.b_correction": Weight(f"{_MLP}.gate.e_score_correction_bias"),
+        **{
+            f"blocks.{{}}.mlp.shared.W_{ours}": Weight(f"{_MLP}.shared_experts.{theirs}_proj.weight")
+            for ours, theirs in (("gate", "gate"), ("in", "up"), ("out", "down"))
+        },
+    },
+    router=Router(
+        f"{_MLP}.gate", renormalise="norm_topk_prob", probs="sigmoid", correction="e_score_correction_bias", group_best=2, scale="routed_scaling_factor"
+    ),
+    rotary=False,
+)
+_DEEPSEEK_V2 = replace(_DEEPSEEK_V3, router=Router(f"{_MLP}.gate", group_best=1, scale="routed_scaling_factor"))
 
 _H = "transformer.h.{}"
 _GPT2 = Architecture(
@@ -291,4 +388,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "starcoder2": _STARCODER2,
     "stablelm": _STABLELM,
     "granite": _GRANITE,
+    "gpt_oss": _GPT_OSS,
+    "deepseek_v2": _DEEPSEEK_V2,
+    "deepseek_v3": _DEEPSEEK_V3,
 }

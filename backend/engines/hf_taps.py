@@ -7,14 +7,15 @@ then the sink, so what is handed out is what the rest of the model sees. Nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from backend.engines import Piece, Request, ShouldStop, Sink
+from backend.engines import Piece, Request, ShouldStop, Sink, Where
+from backend.engines.hf_router import best_first, probabilities, reroute
 from backend.engines.hf_sites import Architecture, Place, Router
 from backend.errors import Cancelled
 from backend.intervention import Intervention, apply, edits_by_place
@@ -76,9 +77,18 @@ def _to_tensor(values: NDArray[np.float32], like: Tensor) -> Tensor:
     return torch.from_numpy(values).to(like.device, like.dtype)
 
 
+def has_module(model: nn.Module, path: str) -> bool:
+    """Whether the model has a module there; an attribute that the configuration left None is none."""
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
 @contextmanager
-def installed(model: nn.Module, row: Architecture, tap: Tap) -> Iterator[None]:
-    """Hang `tap` into `model` for the length of a `with`."""
+def installed(model: nn.Module, row: Architecture, tap: Tap, places: Collection[Where]) -> Iterator[None]:
+    """Hang `tap` into `model`, at those of `places` that it touches, for the length of a `with`."""
     handles: list[Any] = []
     tapped: list[nn.Module] = []
     try:
@@ -87,12 +97,12 @@ def installed(model: nn.Module, row: Architecture, tap: Tap) -> Iterator[None]:
             attention = model.get_submodule(row.attention.format(layer))
             setattr(attention, TAP, tap)
             tapped.append(attention)
-            if row.router:
+            if row.router and ("router_logits", layer) in places:
                 name = row.router.module.format(layer)
                 handles.append(model.get_submodule(name).register_forward_hook(_router_hook(tap, layer, row.router, name)))
         for site, place in row.places.items():
             for at in range(tap.info.n_layers) if SITES[site].per_layer else (None,):
-                if tap.touches(site, at):
+                if (site, at) in places and tap.touches(site, at):
                     handles.append(_hang(model, tap, site, at, place))
         yield
     finally:
@@ -111,7 +121,7 @@ def _stop_hook(tap: Tap) -> Callable[..., None]:
 
 
 def _hang(model: nn.Module, tap: Tap, site: str, layer: int | None, place: Place) -> Any:
-    name = place.module.format(layer)
+    name = next(path for path in place.paths(layer) if has_module(model, path))
     module = model.get_submodule(name)
     columns = section(place.section, tap.info) if place.section else slice(None)
     factor = float(getattr(model.config, place.times)) if place.times else 1.0
@@ -151,14 +161,15 @@ def _router_hook(tap: Tap, layer: int, router: Router, name: str) -> Callable[..
 
     def on_route(module: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         logits, weights, indices = output
-        renormalise = getattr(module, router.renormalise) if isinstance(router.renormalise, str) else router.renormalise
         changed = tap.through("router_logits", layer, logits, name)
         logits = logits if changed is None else changed
-        probs = logits.float().softmax(dim=-1)
-        rerouted = tap.through("router_probs", layer, probs, f"softmax({name})")
-        if changed is not None or rerouted is not None:
-            best, indices = (probs if rerouted is None else rerouted).topk(indices.shape[-1], dim=-1)
-            weights = (best / best.sum(dim=-1, keepdim=True) if renormalise else best).to(weights.dtype)
+        scores = probabilities(router, logits)
+        rerouted = tap.through("router_probs", layer, scores, f"{router.probs}({name})") if router.probs != "chosen" else None
+        if changed is None and rerouted is None:
+            weights, indices = best_first(router, module, scores, weights, indices)
+        else:
+            rerouted_weights, indices = reroute(router, module, scores if rerouted is None else rerouted, indices.shape[-1])
+            weights = rerouted_weights.to(weights.dtype)
         tap.through("expert_indices", layer, indices, name)
         reweighted = tap.through("expert_weights", layer, weights, name)
         return logits, weights if reweighted is None else reweighted, indices

@@ -29,6 +29,7 @@ from backend.experiments import Context, Progress, no_progress
 from backend.experiments.aside import Aside
 from backend.experiments.logit_lens import AUTO_BUDGET, compute_lens, cost, lens_rows
 from backend.intervention import Intervention, edits_by_place
+from backend.notes import notes
 from backend.sites import ALL_SITES, SITES, STANDARD_SITES, resolve_sites
 from backend.trace_writer import TraceWriter
 
@@ -111,9 +112,10 @@ def capture(engine: Engine, spec: CaptureSpec, folder: Path, *, progress: Progre
             response=engine.detokenize(ids[len(prompt_ids) :]),
             generation={"max_new_tokens": spec.max_new_tokens, **asdict(spec.sampling)},
             interventions=[edit.to_json() for edit in spec.interventions],
-            capture={**{name: value for name, value in asdict(request).items() if name == "layers" or value is not None}, "precision": spec.precision},
+            capture={**request.to_json(), "precision": spec.precision},
             timings={name: round(value, 4) for name, value in timings.items()},
             integrity=run.identities.report(),
+            notes=notes(engine.info, len(ids)),
             command=command_line(engine.info.name, spec),
         )
         progress("publishing", 1, 1)
@@ -273,10 +275,12 @@ def _tokenize(engine: Engine, prompt: str) -> list[int]:
 
 def _request(engine: Engine, spec: CaptureSpec) -> Request:
     """The sites that are stored: those named (which must exist), "all" that the model has, or the standard ones as far as it has them."""
+    layers = tuple(sorted(set(spec.layers))) if spec.layers is not None else None
+    named = spec.sites not in (None, (ALL_SITES,))
     if spec.sites == (ALL_SITES,):
-        sites = tuple(site for site in SITES if site in engine.sites and site != "logits")
+        sites = tuple(site for site in SITES if site != "logits" and _has(engine, site, layers))
     elif spec.sites is None:
-        sites = tuple(site for site in STANDARD_SITES if site in engine.sites)
+        sites = tuple(site for site in STANDARD_SITES if _has(engine, site, layers))
     else:
         sites = tuple(site for site in resolve_sites(spec.sites) if not SITES[site].derived)
         if any(SITES[s].derived for s in resolve_sites(spec.sites)):
@@ -284,7 +288,12 @@ def _request(engine: Engine, spec: CaptureSpec) -> Request:
     if spec.max_new_tokens < 0:
         raise LayerscopeError(f"The number of new tokens is {spec.max_new_tokens}; it must be 0 or more.")
     heads = tuple(sorted(set(spec.heads))) if spec.heads is not None else None
-    return Request(sites, tuple(sorted(set(spec.layers))) if spec.layers is not None else None, heads, spec.rows)
+    return Request(sites, layers, heads, spec.rows, exact=named)
+
+
+def _has(engine: Engine, site: str, layers: tuple[int, ...] | None) -> bool:
+    """Whether the model has the site, in any of the layers if some are named."""
+    return any(name == site and (at is None or layers is None or at in layers) for name, at in engine.places)
 
 
 def command_line(model: str, spec: CaptureSpec) -> list[str]:

@@ -1,0 +1,23 @@
+"""What a reader of a capture should know although nothing failed: sentences that go into the trace and are shown with it."""
+
+from __future__ import annotations
+
+from backend.model_info import ModelInfo
+
+# By llama.cpp's and transformers' names: transformers applies the sliding window of such a model, llama.cpp (of llama-cpp-python 0.3.36)
+# does not: it switches phi3's off and has none for the others.
+_WINDOW_IGNORED_BY_LLAMA_CPP = frozenset((
+    "llama", "mistral", "mixtral", "phi3", "qwen2", "qwen2moe", "qwen2_moe", "qwen3", "qwen3moe", "qwen3_moe", "smollm3", "starcoder2",
+))  # fmt: skip
+
+
+def notes(info: ModelInfo, n_tokens: int) -> list[str]:
+    """One sentence for each thing that makes a run of `n_tokens` differ between the engines by more than rounding."""
+    window = info.sliding_window
+    if not window or n_tokens <= window or info.architecture not in _WINDOW_IGNORED_BY_LLAMA_CPP:
+        return []
+    if info.engine == "gguf":
+        ignored = f"llama.cpp does not apply the sliding window of {window:,} tokens of {info.name}"
+        return [f"{ignored}: from position {window:,} on, queries look farther back than the model was made to."]
+    applied = f"The sliding window of {window:,} tokens of {info.name} is applied here"
+    return [f"{applied}; llama.cpp ignores it, so a GGUF file of the model differs from position {window:,} on."]
