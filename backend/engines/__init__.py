@@ -101,6 +101,7 @@ class Engine(Protocol):
     version: str  # engine and library version, for the trace's record
     compute: str  # what sets its rounding: the dtype of arithmetic (HF), or the storage of the weights (GGUF)
     n_ctx: int  # most tokens of one run: the smaller of the option and the model's own
+    unchecked: dict[str, str]  # identity that cannot be checked of this model -> why; "table_row": the architecture has no row
 
     def tokenize(self, text: str, add_bos: bool | None = None) -> list[int]:
         """Token ids; special tokens in `text` are plain text. add_bos None: as the model asks."""
@@ -123,7 +124,10 @@ class Engine(Protocol):
         """Up to n new tokens, stopping after the end-of-sequence token (included). Nothing is captured."""
 
     def unembed(self, resid: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Final norm, then W_U: residual stream (..., d_model) -> logits (..., d_vocab), any soft-cap included."""
+        """Final norm, then W_U: residual stream (..., d_model) -> logits (..., d_vocab), any soft-cap included.
+
+        Raises LayerscopeError where `unchecked` has "unembed": nothing is known then that leads from the one to the other.
+        """
 
     def weight(self, name: str) -> NDArray[np.float32]:
         """A weight by its canonical name (backend.weights), float32 in this engine's own head order, (out, in)."""

@@ -61,6 +61,7 @@ class HfEngine:
         self._eos_ids = _eos_ids(path) | ({self.info.eos_id} if self.info.eos_id is not None else set())
         self.n_ctx = min(options.n_ctx or DEFAULT_CONTEXT, info.n_ctx)
         self.sites = self._row.sites
+        self.unchecked: dict[str, str] = {}
         self.compute = str(self._model.dtype).removeprefix("torch.")
         self.version = f"transformers {transformers.__version__}, torch {torch.__version__}, {self.device}, {self.compute}"
 

@@ -112,8 +112,8 @@ class _Run:
     def __init__(self, engine: Engine, edits: tuple[Intervention, ...], ids: list[int], writer: TraceWriter, logits: _LogitStore,
                  progress: Progress, keep_logits: bool) -> None:  # fmt: skip
         self.ids, self.writer, self.logits, self.progress, self.keep_logits = ids, writer, logits, progress, keep_logits
-        self.identities = Identities(engine.info, weight=_weight_or_none(engine), unembed=engine.unembed, edited=edits_by_place(edits),
-                                     limits=tolerances(engine.info.engine, engine.compute))  # fmt: skip
+        self.identities = Identities(engine.info, weight=_weight_or_none(engine), unembed=None if "unembed" in engine.unchecked else engine.unembed,
+                                     edited=edits_by_place(edits), limits=tolerances(engine.info.engine, engine.compute), unchecked=engine.unchecked)  # fmt: skip
         self.n_layers = engine.info.n_layers
         self._rows: dict[int, list[dict[str, NDArray[np.float64]]]] = {}
         self.thumbs: dict[int, NDArray[np.uint8]] = {}
@@ -167,7 +167,7 @@ def _write_summaries(engine: Engine, spec: CaptureSpec, run: _Run, writer: Trace
     rows = lens_rows(writer, engine.info.n_layers)
     lens = spec.lens
     if lens is None:
-        lens = cost(len(rows), len(ids), engine.info.d_model, engine.info.d_vocab) <= AUTO_BUDGET
+        lens = "unembed" not in engine.unchecked and cost(len(rows), len(ids), engine.info.d_model, engine.info.d_vocab) <= AUTO_BUDGET
     if lens and len(rows) > 1:
         mark = time.perf_counter()
         results = compute_lens(engine, writer, logits.values, ids, rows, progress=progress, should_stop=should_stop)
