@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from backend.engines import Engine
+    from backend.engines.native import NativeTensor
     from backend.intervention import Intervention
     from backend.library import Library
     from backend.model_info import ModelInfo
@@ -43,14 +44,18 @@ class Model:
 
         return [name for name in SITES if name in self.engine.sites]
 
+    def nodes(self) -> list[NativeTensor]:
+        """What `sites=["native:NAME"]` can name: every node of the graph (GGUF) or every module (HF), with what makes it."""
+        return self.engine.nodes()
+
     def trace(self, prompt: str | None = None, *, tokens: Sequence[int] | None = None, sites: Sequence[str] | None = None,
               layers: Sequence[int] | None = None, max_new_tokens: int = 0, interventions: Sequence[Intervention] = (),
               category: str = "", tags: Sequence[str] = (), precision: Literal["float16", "float32"] = "float16",
               out: str | Path | None = None, sampling: Any = None, progress: Any = None) -> Trace:  # fmt: skip
         """Run a prompt (or token ids) and return its trace, published in the traces folder or in the folder `out`.
 
-        sites: names or aliases (None: the standard set); layers: which layers (None: all). precision "float32" stores every value as
-        computed. Raises LayerscopeError in one sentence for anything the caller can mend.
+        sites: names or aliases (None: the standard set), and native tensors as "native:NAME" (see `nodes`); layers: which layers (None: all).
+        precision "float32" stores every value as computed. Raises LayerscopeError in one sentence for anything the caller can mend.
         """
         from backend.engines import Sampling
         from backend.errors import LayerscopeError

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from backend.errors import LayerscopeError
 from backend.model_info import ModelInfo
-from backend.sites import SITES, STANDARD_SITES
+from backend.sites import SITES, STANDARD_SITES, split_native
 
 # UTF-8 bytes of a token: what common tokenizers make of English text, rounded down so that the estimate is not too low.
 BYTES_PER_TOKEN = 3.5
@@ -155,8 +155,11 @@ def in_bytes(n: int) -> str:
 
 
 def _stored(info: ModelInfo, sites: Iterable[str] | None) -> tuple[str, ...]:
-    """The sites that are written: derived ones are not, nor are a router's in a dense model or one MLP's hidden layer among experts'."""
-    names = STANDARD_SITES if sites is None else tuple(sites)
+    """The sites that are written: derived ones are not, nor are a router's in a dense model or one MLP's hidden layer among experts'.
+
+    Native tensors are left out: nothing is known of their size before a run.
+    """
+    names = STANDARD_SITES if sites is None else split_native(sites)[0]
     dense_only = ("mlp_pre", "mlp_pre_linear", "mlp_post")
     return tuple(n for n in names if not SITES[n].derived and not (SITES[n].moe and not info.is_moe) and not (info.is_moe and n in dense_only))
 

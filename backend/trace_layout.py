@@ -27,6 +27,7 @@ ID_PATTERN = re.compile(r"[0-9a-z_]{8,64}")
 FLOAT16_MAX = 65504.0
 
 _SPECIAL_PATHS = {"embed": "embeddings/input_embeddings", "ln_final_out": "embeddings/output_embeddings", "logits": "logits/full"}
+NATIVE_GROUP = "native"
 _LAYER_GROUP = re.compile(r"layer_(\d{2,5})")
 
 

@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 
 from backend.durable import publish
 from backend.engines import Piece
+from backend.engines.native import NativePiece
 from backend.errors import LayerscopeError
 from backend.model_info import ModelInfo
 from backend.sites import SITES
-from backend.trace_layout import FLOAT16_MAX, FORMAT, PART_SUFFIX, SUFFIX, VERSION, check_id, chunk_shape, new_id, site_path, write_json
+from backend.trace_layout import FLOAT16_MAX, FORMAT, NATIVE_GROUP, PART_SUFFIX, SUFFIX, VERSION, check_id, chunk_shape, new_id, site_path, write_json
 
 _COMPRESSION = {"shuffle": True, "fletcher32": True, **hdf5plugin.Zstd(clevel=3)}
 _NEGATIVE_INFINITY_SITES = ("attn_scores",)
@@ -104,6 +105,14 @@ class TraceWriter:
         wide = self._file.create_dataset(path, data=values, chunks=chunks, fillvalue=fill, **_COMPRESSION)
         wide.attrs.update(attrs)
         return wide
+
+    def native(self, piece: NativePiece) -> None:
+        """Store a whole native tensor, as computed."""
+        group = self._file.require_group(NATIVE_GROUP)
+        filters = {"chunks": True, **_COMPRESSION} if piece.values.size and piece.values.ndim else {}
+        dataset = group.create_dataset(f"{len(group):03d}", data=piece.values, **filters)
+        made_by = {"gguf": "op", "hf": "module"}[self.info.engine]
+        dataset.attrs.update({"name": piece.source, made_by: piece.made_by, "dims": list(piece.dims)})
 
     # -- reading back what was stored, for results that need the whole run ----------------------------------------------------
 

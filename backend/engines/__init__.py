@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,9 @@ from numpy.typing import NDArray
 from backend.errors import LayerscopeError
 from backend.intervention import Intervention
 from backend.model_info import ModelInfo
+
+if TYPE_CHECKING:
+    from backend.engines.native import NativeTensor
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Piece:
 
 
 DEFAULT_CONTEXT = 8192  # tokens; more only when asked for
+WHOLE_LIMIT = 4096  # tokens that run in one piece: attention maps of all heads are in memory then, and grow with the square
 
 Sink = Callable[[Piece], None]
 ShouldStop = Callable[[], bool]
@@ -53,10 +57,14 @@ def no_sink(piece: Piece) -> None:
 
 @dataclass(frozen=True)
 class Request:
-    """What a run captures: the sites and, for sites that have layers, which layers (None: all)."""
+    """What a run captures: the sites and, for sites that have layers, which layers (None: all); and tensors by native name.
+
+    native: names of graph nodes (GGUF) or module paths (HF), see backend.engines.native. With any, the prompt runs in one piece.
+    """
 
     sites: tuple[str, ...]
     layers: tuple[int, ...] | None = None
+    native: tuple[str, ...] = ()
 
     def wants(self, site: str, layer: int | None) -> bool:
         return site in self.sites and (layer is None or self.layers is None or layer in self.layers)
@@ -113,7 +121,7 @@ class Engine(Protocol):
         """The text of the ids together, special tokens left out."""
 
     def run(self, ids: list[int], request: Request, sink: Sink, edits: tuple[Intervention, ...] = (), should_stop: ShouldStop = never_stop) -> None:
-        """One forward pass over `ids` with every edit applied, handing every requested piece to `sink`.
+        """One forward pass over `ids` with every edit applied, handing every requested piece (natives as NativePiece) to `sink`.
 
         Values handed out are those after the edit. Raises LayerscopeError for a site the model does not have, ids beyond the
         context or an edit outside the model; Cancelled as soon as should_stop() answers True.
@@ -128,6 +136,9 @@ class Engine(Protocol):
 
         Raises LayerscopeError where `unchecked` has "unembed": nothing is known then that leads from the one to the other.
         """
+
+    def nodes(self) -> list[NativeTensor]:
+        """Every tensor that `Request.native` can name, in the order of the computation (GGUF) or of the model's definition (HF)."""
 
     def weight(self, name: str) -> NDArray[np.float32]:
         """A weight by its canonical name (backend.weights), float32 in this engine's own head order, (out, in)."""
@@ -161,6 +172,8 @@ def check_request(info: ModelInfo, available: frozenset[str], request: Request, 
         raise LayerscopeError("The prompt is empty: it has 0 tokens, and at least 1 is needed.")
     if len(ids) > n_ctx:
         raise LayerscopeError(f"The prompt has {len(ids):,} tokens, more than the {n_ctx:,} of the context.")
+    if request.native and len(ids) > WHOLE_LIMIT:
+        raise LayerscopeError(f"The prompt has {len(ids):,} tokens; native tensors need it in one piece, which holds {WHOLE_LIMIT:,} at most.")
     bad = [i for i in ids if not 0 <= i < info.d_vocab]
     if bad:
         raise LayerscopeError(f"Token id {bad[0]} is outside the vocabulary of {info.d_vocab:,}.")

@@ -6,6 +6,7 @@
     gguf_generic   what an architecture without a row still gives
     gguf_graph     the table looked up in the real graph, and the callback
     gguf_tap       a run's edits and captures at each node
+    gguf_native    nodes by their own names
     gguf_unembed   final norm and W_U, outside llama.cpp
     gguf_vocab     text and ids
     ggml           the tensor struct, reading, writing, dequantizing
@@ -30,10 +31,12 @@ from backend.engines.ggml import Tensor, check_layout, read
 from backend.engines.gguf_context import Context, Model
 from backend.engines.gguf_generic import NO_ROW, NO_UNEMBED, fitting, is_pattern
 from backend.engines.gguf_graph import Place, SeenNode, Watch, Where, find_places
+from backend.engines.gguf_native import Natives, listed
 from backend.engines.gguf_sites import GENERIC, architecture
 from backend.engines.gguf_tap import Tap
 from backend.engines.gguf_unembed import Unembedding, candidates, measured
 from backend.engines.gguf_vocab import Vocabulary
+from backend.engines.native import NativeTensor
 from backend.engines.sampling import check_sampling, choose
 from backend.errors import Cancelled, LayerscopeError
 from backend.gguf_header import GgufHeader, model_info, read_header
@@ -95,12 +98,15 @@ class GgufEngine:
     def run(self, ids: list[int], request: Request, sink: Sink, edits: tuple[Intervention, ...] = (), should_stop: ShouldStop = never_stop) -> None:
         """One forward pass over `ids`; see Engine.run.
 
-        An edit whose meaning spans positions (a mean over them, an array with a position axis, an attention map) makes the
-        prompt run whole instead of in pieces.
+        An edit whose meaning spans positions (a mean over them, an array with a position axis, an attention map), and a native
+        tensor, make the prompt run whole instead of in pieces.
         """
         check_request(self.info, self.sites, request, ids, self.n_ctx)
+        natives = Natives(self.info, request.native, self._nodes, sink)
         tap = self._tap(request, sink, edits, should_stop, len(ids))
-        self._prefill(ids, tap, self._piece(edits, ids), n_ctx=len(ids), all_outputs=True)
+        piece = max(len(ids), self._n_ubatch) if request.native else self._piece(edits, ids)
+        self._prefill(ids, tap, piece, n_ctx=len(ids), all_outputs=True, natives=natives)
+        natives.check_complete()
 
     def generate(self, ids: list[int], n: int, sampling: Sampling, on_token: Callable[[int], None] | None = None,
                  edits: tuple[Intervention, ...] = (), should_stop: ShouldStop = never_stop) -> list[int]:  # fmt: skip
@@ -135,6 +141,10 @@ class GgufEngine:
         if self._unembedding is None:
             raise LayerscopeError(f"{self.info.name} ({self.info.architecture}) cannot be read through a logit lens: {NO_UNEMBED}.")
         return self._unembedding(resid)
+
+    def nodes(self) -> list[NativeTensor]:
+        """Every node of the graph in the order of the computation, with its shape in a pass over a few tokens."""
+        return listed(self._nodes)
 
     def weight(self, name: str) -> NDArray[np.float32]:
         """A weight by its canonical name, float32, (out, in), heads in the order of q and k as handed out."""
@@ -219,19 +229,22 @@ class GgufEngine:
             if tap.request.wants(site, layer) or (site, layer) in tap.edits or (asks_at_layers and site == "resid_post"):
                 yield place
 
-    def _prefill(self, ids: list[int], tap: Tap, piece: int, n_ctx: int, all_outputs: bool) -> Context:
+    def _prefill(self, ids: list[int], tap: Tap, piece: int, n_ctx: int, all_outputs: bool, natives: Natives | None = None) -> Context:
         """Run the prompt from position 0 in pieces."""
         context = self._context_for(n_ctx, piece)
         context.clear()
         for start in range(0, len(ids), piece):
-            self._step(context, ids[start : start + piece], tap, start, all_outputs)
+            self._step(context, ids[start : start + piece], tap, start, all_outputs, natives)
         return context
 
-    def _step(self, context: Context, ids: list[int], tap: Tap, start: int, all_outputs: bool) -> None:
+    def _step(self, context: Context, ids: list[int], tap: Tap, start: int, all_outputs: bool, natives: Natives | None = None) -> None:
         if tap.should_stop():
             raise Cancelled
         tap.start = start
-        self._watch.want(self._stops(tap), tap.visit)
+        if natives:
+            self._watch.want([*self._stops(tap), *natives.places], natives.beside(tap.visit))
+        else:
+            self._watch.want(self._stops(tap), tap.visit)
         try:
             context.decode(ids, start, all_outputs or bool(tap.edits))
         finally:

@@ -4,6 +4,7 @@
     hf_sites      the table: architecture -> module paths of sites and weights
     hf_taps       a run's edits and captures as hooks, which always come off
     hf_attention  the attention function that shows scores, pattern and z
+    hf_native     outputs of modules by their own paths
     hf_tokenizer  text and ids
 
 A prompt longer than PIECE tokens runs in pieces over a key/value cache, as llama.cpp does with its micro-batches: memory for
@@ -22,9 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backend.engines import DEFAULT_CONTEXT, OpenOptions, Request, Sampling, ShouldStop, Sink, check_request, never_stop, no_sink
+from backend.engines.hf_native import Natives, listed
 from backend.engines.hf_sites import ARCHITECTURES
 from backend.engines.hf_taps import Tap, installed, to_numpy
 from backend.engines.hf_tokenizer import HfTokenizer, first_line
+from backend.engines.native import NativeTensor
 from backend.engines.sampling import check_sampling, choose
 from backend.errors import LayerscopeError
 from backend.hf_config import CONFIG_LIMIT, model_info, read_json
@@ -81,13 +84,15 @@ class HfEngine:
         """One forward pass over `ids`; see Engine.run.
 
         Pieces hold at most PIECE positions. An edit whose meaning spans positions (a mean over them, an array with a
-        position axis, an attention map) makes the prompt run whole.
+        position axis, an attention map), and a native tensor, make the prompt run whole.
         """
         check_request(self.info, self.sites, request, ids, self.n_ctx)
         self._check_edits(edits, len(ids))
-        tap = Tap(self.info, request, sink, edits, should_stop, len(ids))
-        with _no_grad(), installed(self._model, self._row, tap):
-            self._prefill(ids, tap, cache=None if len(ids) <= _piece(edits, ids) else self._cache(), size=_piece(edits, ids))
+        tap, natives = Tap(self.info, request, sink, edits, should_stop, len(ids)), Natives(self.info, self._model, request.native)
+        size = len(ids) if request.native else _piece(edits, ids)
+        with _no_grad(), installed(self._model, self._row, tap), natives:
+            self._prefill(ids, tap, cache=None if len(ids) <= size else self._cache(), size=size)
+        natives.hand_out(sink)
 
     def generate(self, ids: list[int], n: int, sampling: Sampling, on_token: Callable[[int], None] | None = None,
                  edits: tuple[Intervention, ...] = (), should_stop: ShouldStop = never_stop) -> list[int]:  # fmt: skip
@@ -125,6 +130,10 @@ class HfEngine:
             pieces = [torch.from_numpy(rows[i : i + PIECE]).to(self.device, self._model.dtype) for i in range(0, len(rows), PIECE)]
             logits = [to_numpy(self._finished(unembed(norm(piece[None]))[0])) for piece in pieces]
         return np.concatenate(logits).reshape(*resid.shape[:-1], -1)
+
+    def nodes(self) -> list[NativeTensor]:
+        """Every module below the model, by its path."""
+        return listed(self._model)
 
     def weight(self, name: str) -> NDArray[np.float32]:
         """A weight by its canonical name, a float32 copy, (out, in); experts (expert, out, in). Raises LayerscopeError."""
@@ -186,7 +195,7 @@ class HfEngine:
             input_ids=torch.tensor([ids], device=self.device),
             past_key_values=cache,
             use_cache=cache is not None,
-            logits_to_keep=0 if tap.touches("logits", None) else 1,
+            logits_to_keep=0 if tap.request.native or tap.touches("logits", None) else 1,
         )
         return np.asarray(to_numpy(output.logits[0, -1]))
 

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ from backend.analysis import attention as attention_analysis
 from backend.analysis import logits as logits_analysis
 from backend.analysis.identities import Identities, tolerances
 from backend.engines import Engine, Piece, Request, Sampling, ShouldStop, never_stop
+from backend.engines.native import NativePiece
 from backend.errors import LayerscopeError
 from backend.experiments import Context, Progress, no_progress
 from backend.experiments.logit_lens import AUTO_BUDGET, compute_lens, cost, lens_rows
 from backend.intervention import Intervention, edits_by_place
-from backend.sites import ALL_SITES, SITES, STANDARD_SITES, resolve_sites
+from backend.sites import ALL_SITES, NATIVE, SITES, STANDARD_SITES, resolve_sites, split_native
 from backend.trace_writer import TraceWriter
 
 TOP_K = 20
@@ -41,7 +42,7 @@ class CaptureSpec:
 
     prompt: str = ""
     token_ids: tuple[int, ...] | None = None  # instead of the prompt's text
-    sites: tuple[str, ...] | None = None  # None: STANDARD_SITES, as far as the model has them
+    sites: tuple[str, ...] | None = None  # None: STANDARD_SITES, as far as the model has them; "native:NAME" too
     layers: tuple[int, ...] | None = None
     max_new_tokens: int = 0
     sampling: Sampling = Sampling()
@@ -61,6 +62,7 @@ def capture(engine: Engine, spec: CaptureSpec, folder: Path, *, progress: Progre
     started = time.perf_counter()
     prompt_ids = list(spec.token_ids) if spec.token_ids is not None else _tokenize(engine, spec.prompt)
     request = _request(engine, spec)
+    native = [NATIVE + name for name in request.native]
     timings: dict[str, float] = {}
     ids = prompt_ids
     for edit in spec.interventions:
@@ -80,7 +82,7 @@ def capture(engine: Engine, spec: CaptureSpec, folder: Path, *, progress: Progre
     with TraceWriter(folder, engine.info, len(ids), spec.precision, trace_id) as writer, _LogitStore(len(ids), engine.info.d_vocab, folder) as logits:
         run = _Run(engine, edits, ids, writer, logits, progress, keep_logits="logits" in request.sites)
         mark = time.perf_counter()
-        engine.run(ids, Request((*request.sites, "logits"), request.layers), run.sink, edits, should_stop)
+        engine.run(ids, replace(request, sites=(*request.sites, "logits")), run.sink, edits, should_stop)
         timings["run_s"] = time.perf_counter() - mark
         vocabulary = _write_summaries(engine, spec, run, writer, logits, ids, progress, should_stop, timings)
         progress("publishing", 0, 1)
@@ -97,7 +99,7 @@ def capture(engine: Engine, spec: CaptureSpec, folder: Path, *, progress: Progre
             response=engine.detokenize(ids[len(prompt_ids) :]),
             generation={"max_new_tokens": spec.max_new_tokens, **asdict(spec.sampling)},
             interventions=[edit.to_json() for edit in spec.interventions],
-            capture={"sites": list(request.sites), "layers": list(request.layers) if request.layers is not None else None, "precision": spec.precision},
+            capture={"sites": [*request.sites, *native], "layers": list(request.layers) if request.layers is not None else None, "precision": spec.precision},
             timings={name: round(value, 4) for name, value in timings.items()},
             integrity=run.identities.report(),
             command=command_line(engine.info.name, spec),
@@ -121,6 +123,9 @@ class _Run:
         self._piece = 0  # positions in the first piece: as many as in every other but the last
 
     def sink(self, piece: Piece) -> None:
+        if isinstance(piece, NativePiece):
+            self.writer.native(piece)
+            return
         if piece.layer is not None and piece.layer != self._layer:
             self._layer = piece.layer
             self._tell(piece.layer, piece.start, piece.values.shape[1 if SITES[piece.site].is_attention_map else 0])
@@ -246,17 +251,18 @@ def _tokenize(engine: Engine, prompt: str) -> list[int]:
 
 def _request(engine: Engine, spec: CaptureSpec) -> Request:
     """The sites that are stored: those named (which must exist), "all" that the model has, or the standard ones as far as it has them."""
-    if spec.sites == (ALL_SITES,):
+    names, native = split_native(spec.sites or ())
+    if names == (ALL_SITES,):
         sites = tuple(site for site in SITES if site in engine.sites and site != "logits")
     elif spec.sites is None:
         sites = tuple(site for site in STANDARD_SITES if site in engine.sites)
     else:
-        sites = tuple(site for site in resolve_sites(spec.sites) if not SITES[site].derived)
-        if any(SITES[s].derived for s in resolve_sites(spec.sites)):
-            sites = resolve_sites({*sites, *(need for s in resolve_sites(spec.sites) for need in _NEEDS.get(s, ()))})
+        sites = tuple(site for site in resolve_sites(names) if not SITES[site].derived)
+        if any(SITES[s].derived for s in resolve_sites(names)):
+            sites = resolve_sites({*sites, *(need for s in resolve_sites(names) for need in _NEEDS.get(s, ()))})
     if spec.max_new_tokens < 0:
         raise LayerscopeError(f"The number of new tokens is {spec.max_new_tokens}; it must be 0 or more.")
-    return Request(sites, tuple(sorted(set(spec.layers))) if spec.layers is not None else None)
+    return Request(sites, tuple(sorted(set(spec.layers))) if spec.layers is not None else None, native)
 
 
 def command_line(model: str, spec: CaptureSpec) -> list[str]:
