@@ -55,6 +55,7 @@ CONFIGS: Mapping[str, dict[str, Any]] = {
     },
     "phimoe": {**_SIZES, "num_key_value_heads": 2, "intermediate_size": 48, "num_local_experts": 5, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5, "sliding_window": None},
     "cohere2": {**_SIZES, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 96, "logit_scale": 0.25, "sliding_window": 8, "num_hidden_layers": 4},
+    "nanochat": {**_SIZES, "num_key_value_heads": 2, "intermediate_size": 96, "final_logit_softcapping": 4.0},
     "gpt_bigcode": {**_IDS, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 1024, "n_inner": 96, "tie_word_embeddings": True},
 }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
     hf_config     what the folder says, checked before transformers sees it
     hf_sites      the table: architecture -> module paths of sites and weights
+    hf_generic    the row of an architecture without one, found in the model
     hf_taps       a run's edits and captures as hooks, which always come off
     hf_attention  the attention function that shows scores, pattern and z
     hf_native     outputs of modules by their own paths
@@ -14,6 +15,7 @@ attention maps and logits grows with the piece, not with the square of the promp
 from __future__ import annotations
 
 import gc
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,16 +24,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backend.engines import DEFAULT_CONTEXT, OpenOptions, Request, Sampling, ShouldStop, Sink, check_request, never_stop, no_sink
+from backend.engines import DEFAULT_CONTEXT, WHOLE_LIMIT, OpenOptions, Request, Sampling, ShouldStop, Sink, check_request, never_stop, no_sink
+from backend.engines.hf_generic import NO_UNEMBED, Generic, find
 from backend.engines.hf_native import Natives, listed
-from backend.engines.hf_sites import ARCHITECTURES
+from backend.engines.hf_sites import ARCHITECTURES, finished
 from backend.engines.hf_taps import Tap, installed, to_numpy
 from backend.engines.hf_tokenizer import HfTokenizer, first_line
 from backend.engines.native import NativeTensor
 from backend.engines.sampling import check_sampling, choose
 from backend.errors import LayerscopeError
 from backend.hf_config import CONFIG_LIMIT, model_info, read_json
-from backend.intervention import Intervention
+from backend.intervention import Intervention, edits_by_place
 from backend.weight_names import section
 
 if TYPE_CHECKING:
@@ -52,8 +55,9 @@ class HfEngine:
         self.device = _device(options.device)
         if options.n_threads:
             torch.set_num_threads(options.n_threads)
-        self._row = ARCHITECTURES[info.architecture]
-        self._model = _load(path, self.device, _dtype(options.dtype, self.device))
+        self._model = _load(path, self.device, _dtype(options.dtype, self.device), known=info.architecture in ARCHITECTURES)
+        found = Generic(ARCHITECTURES[info.architecture], True, {}) if info.architecture in ARCHITECTURES else find(self._model, info)
+        self._row, self._in_pieces, self.unchecked = found.row, found.in_pieces, found.unchecked
         bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
         self.info = replace(
             info,
@@ -63,8 +67,10 @@ class HfEngine:
         )
         self._eos_ids = _eos_ids(path) | ({self.info.eos_id} if self.info.eos_id is not None else set())
         self.n_ctx = min(options.n_ctx or DEFAULT_CONTEXT, info.n_ctx)
+        if not self._in_pieces:
+            self.n_ctx = min(self.n_ctx, WHOLE_LIMIT)
         self.sites = self._row.sites
-        self.unchecked: dict[str, str] = {}
+        self._forward_arguments = frozenset(inspect.signature(self._model.forward).parameters)
         self.compute = str(self._model.dtype).removeprefix("torch.")
         self.version = f"transformers {transformers.__version__}, torch {torch.__version__}, {self.device}, {self.compute}"
 
@@ -89,7 +95,7 @@ class HfEngine:
         check_request(self.info, self.sites, request, ids, self.n_ctx)
         self._check_edits(edits, len(ids))
         tap, natives = Tap(self.info, request, sink, edits, should_stop, len(ids)), Natives(self.info, self._model, request.native)
-        size = len(ids) if request.native else _piece(edits, ids)
+        size = len(ids) if request.native or not self._in_pieces else _piece(edits, ids)
         with _no_grad(), installed(self._model, self._row, tap), natives:
             self._prefill(ids, tap, cache=None if len(ids) <= size else self._cache(), size=size)
         natives.hand_out(sink)
@@ -106,29 +112,39 @@ class HfEngine:
             raise LayerscopeError(f"A prompt of {len(ids):,} tokens and {n:,} new ones are more than the {self.n_ctx:,} of the context.")
         check_sampling(sampling)
         self._check_edits(edits, len(ids))
-        tap, cache, rng = Tap(self.info, Request(()), no_sink, edits, should_stop, len(ids)), self._cache(), np.random.default_rng(sampling.seed)
+        tap, rng = Tap(self.info, Request(()), no_sink, edits, should_stop, len(ids)), np.random.default_rng(sampling.seed)
+        cache, size = (self._cache(), _piece(edits, ids)) if self._in_pieces else (None, len(ids))
         new: list[int] = []
         with _no_grad(), installed(self._model, self._row, tap):
-            logits = self._prefill(ids, tap, cache, _piece(edits, ids))
+            logits = self._prefill(ids, tap, cache, size)
             while len(new) < n:
                 new.append(choose(logits, sampling, rng))
                 if on_token:
                     on_token(new[-1])
                 if new[-1] in self._eos_ids or len(new) == n:
                     break
-                logits = self._step(new[-1:], tap, cache, start=len(ids) + len(new) - 1)
+                if self._in_pieces:
+                    logits = self._step(new[-1:], tap, cache, start=len(ids) + len(new) - 1)
+                else:
+                    logits = self._step([*ids, *new], tap, None, start=0)
         return new
 
     def unembed(self, resid: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Final norm, then W_U: resid (..., d_model) -> logits (..., d_vocab)."""
+        """Final norm, then W_U: resid (..., d_model) -> logits (..., d_vocab).
+
+        Raises LayerscopeError where the architecture has no row and its final norm could not be told.
+        """
         import torch
+
+        if not self._row.final_norm:
+            raise LayerscopeError(f"{self.info.name} ({self.info.architecture}) cannot be read through a logit lens: {NO_UNEMBED}.")
 
         norm, unembed = self._model.get_submodule(self._row.final_norm), self._model.get_submodule(self._row.unembed)
         rows = np.ascontiguousarray(resid, dtype=np.float32).reshape(-1, resid.shape[-1])
         with _no_grad():
             # The pieces of a run, so that the last layer's lens and the model's own logits agree to the bit.
             pieces = [torch.from_numpy(rows[i : i + PIECE]).to(self.device, self._model.dtype) for i in range(0, len(rows), PIECE)]
-            logits = [to_numpy(self._finished(unembed(norm(piece[None]))[0])) for piece in pieces]
+            logits = [to_numpy(finished(self._row, self._model.config, unembed(norm(piece[None]))[0])) for piece in pieces]
         return np.concatenate(logits).reshape(*resid.shape[:-1], -1)
 
     def nodes(self) -> list[NativeTensor]:
@@ -162,17 +178,15 @@ class HfEngine:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _finished(self, logits: Any) -> Any:
-        """Logits as the model's own last step leaves them."""
-        divisor, cap = (getattr(self._model.config, key) if key else None for key in (self._row.logit_divisor, self._row.logit_softcap))
-        logits = logits / divisor if divisor else logits
-        return (logits / cap).tanh() * cap if cap else logits
-
     def _check_edits(self, edits: tuple[Intervention, ...], n_tokens: int) -> None:
         for edit in edits:
             edit.check(self.info, n_tokens)
-            if edit.site not in self.sites and edit.site != "resid_pre":
-                raise LayerscopeError(f"{self.info.name} ({self.info.architecture}) has no site {edit.site!r} to edit.")
+        for site, layer in edits_by_place(edits):
+            place = self._row.places.get(site)
+            absent = site in self._row.attention_sites and self._row.attends is not None and layer not in self._row.attends
+            if site not in self.sites or absent or (place is not None and place.collected):
+                at = "" if layer is None else f" in layer {layer}"
+                raise LayerscopeError(f"{self.info.name} ({self.info.architecture}) has no site {site!r}{at} to edit.")
 
     def _cache(self) -> Any:
         """A cache of every key: a sliding-window cache drops keys, and then positions would shift under edits and captures."""
@@ -186,6 +200,15 @@ class HfEngine:
             logits = self._step(ids[start : start + size], tap, cache, start)
         return logits
 
+    def _outputs(self, tap: Tap) -> dict[str, Any]:
+        """What the pass is asked to put out: all logits only where they are looked at, and patterns where eager attention has to make them."""
+        pattern = self._row.places.get("attn_pattern")
+        eager = pattern is not None and pattern.collected and "attn_pattern" in tap.request.sites
+        outputs: dict[str, Any] = {"output_attentions": True} if eager else {}
+        if "logits_to_keep" in self._forward_arguments:
+            outputs["logits_to_keep"] = 0 if tap.request.native or tap.touches("logits", None) else 1
+        return outputs
+
     def _step(self, ids: list[int], tap: Tap, cache: Any, start: int) -> NDArray[np.float32]:
         """One forward pass over the tokens at positions `start` and on; returns the last one's logits (d_vocab,)."""
         import torch
@@ -195,7 +218,7 @@ class HfEngine:
             input_ids=torch.tensor([ids], device=self.device),
             past_key_values=cache,
             use_cache=cache is not None,
-            logits_to_keep=0 if tap.request.native or tap.touches("logits", None) else 1,
+            **self._outputs(tap),
         )
         return np.asarray(to_numpy(output.logits[0, -1]))
 
@@ -210,8 +233,11 @@ def _no_grad() -> Any:
     return torch.no_grad()
 
 
-def _load(path: Path, device: torch.device, dtype: torch.dtype | str) -> Any:
-    """The model in memory, every tensor accounted for: transformers fills a missing one with random numbers and goes on."""
+def _load(path: Path, device: torch.device, dtype: torch.dtype | str, known: bool) -> Any:
+    """The model in memory, every tensor accounted for: transformers fills a missing one with random numbers and goes on.
+
+    known: whether the architecture has a row, and goes through transformers' attention interface; if not, hf_generic decides about that.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -221,7 +247,7 @@ def _load(path: Path, device: torch.device, dtype: torch.dtype | str) -> Any:
     logging.disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=NAME, experts_implementation="eager", use_safetensors=True, local_files_only=True,
+            path, dtype=dtype, attn_implementation=NAME if known else "eager", experts_implementation="eager", use_safetensors=True, local_files_only=True,
             trust_remote_code=False, output_loading_info=True,
         )  # fmt: skip
     except Exception as error:  # transformers and safetensors raise what they like on a damaged folder; the cause is kept

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 # Sites that the attention function offers in every architecture that goes through transformers' attention interface.
 ATTENTION_SITES = ("attn_scores", "attn_pattern", "z")
@@ -30,6 +30,7 @@ class Place:
     heads: bool = False  # the last axis is (head, d_head) flattened
     section: str = ""  # which columns of a fused projection, as backend.weight_names.section has them; empty: all
     times: str = ""  # the configuration's factor that the block multiplies the module's output with
+    collected: bool = False  # the model only collects it: it is handed out and dropped there, and editing it would change nothing
 
 
 @dataclass(frozen=True)
@@ -69,11 +70,22 @@ class Architecture:
     rotary: bool = True
     logit_divisor: str = ""  # the configuration's name for what logits are divided by
     logit_softcap: str = ""  # the configuration's cap c in c tanh(logits / c)
+    logit_scale: str = ""  # the configuration's name for what logits are multiplied with
+    attends: frozenset[int] | None = None  # layers whose `attention` the attention function sees; None: all
+    attention_sites: tuple[str, ...] = ATTENTION_SITES
 
     @property
     def sites(self) -> frozenset[str]:
         rotary = ROTARY_SITES if self.rotary else ()
-        return frozenset((*self.places, *rotary, *ATTENTION_SITES, *(ROUTER_SITES if self.router else ())))
+        return frozenset((*self.places, *rotary, *self.attention_sites, *(ROUTER_SITES if self.router else ())))
+
+
+def finished(row: Architecture, config: Any, logits: Any) -> Any:
+    """The product with W_U as the model's own last step leaves it. config: transformers' configuration."""
+    divisor, scale, cap = (getattr(config, key) if key else None for key in (row.logit_divisor, row.logit_scale, row.logit_softcap))
+    logits = logits / divisor if divisor else logits
+    logits = logits * scale if scale else logits
+    return (logits / cap).tanh() * cap if cap else logits
 
 
 _LAYER, _ATTN, _MLP = "model.layers.{}", "model.layers.{}.self_attn", "model.layers.{}.mlp"
