@@ -41,6 +41,8 @@ def trace(
     seed: Annotated[int, typer.Option(help="Seed of the sampler: the same seed gives the same tokens.")] = 0,
     device: Annotated[str, typer.Option(help="HF: auto, cpu, cuda, ...")] = "auto",
     gpu_layers: Annotated[str, typer.Option(help="GGUF: layers on the GPU, a number or auto.")] = "auto",
+    quantize: Annotated[str, typer.Option(help="HF: none, or int8 or nf4 to store the weights in fewer bits (bitsandbytes, on a CUDA device).")] = "none",
+    device_map: Annotated[str, typer.Option(help="HF: none, or auto to spread the model over the devices there are (accelerate).")] = "none",
     kv_cache: Annotated[str, typer.Option(help="GGUF: f16, or f32 for exact comparisons.")] = "f16",
     n_ctx: Annotated[int | None, typer.Option(help="Context length. Default: the model's, at most 8192.")] = None,
     out: Annotated[str | None, typer.Option(help="Folder for the trace. Default: the traces folder of the settings.")] = None,
@@ -53,7 +55,12 @@ def trace(
     from backend import Sampling, open_model
     from backend.sites import parse_layers
 
-    with open_model(model, device=device, n_gpu_layers=_auto_or_int(gpu_layers), n_ctx=n_ctx, kv_cache=_one_of("kv cache", kv_cache, ("f16", "f32"))) as opened, _Bar() as bar:
+    chosen = {
+        "kv_cache": _one_of("kv cache", kv_cache, ("f16", "f32")),
+        "quantize": _one_of("quantization", quantize, ("none", "int8", "nf4")),
+        "device_map": _one_of("device map", device_map, ("none", "auto")),
+    }
+    with open_model(model, device=device, n_gpu_layers=_auto_or_int(gpu_layers), n_ctx=n_ctx, **chosen) as opened, _Bar() as bar:
         result = opened.trace(
             prompt,
             sites=_split(sites),

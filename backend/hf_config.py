@@ -11,6 +11,7 @@ nobody vouches for: every length is bounded before it is believed, and everythin
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import struct
@@ -147,7 +148,7 @@ def model_info(path: Path) -> ModelInfo:
         bos_id=_token_id(folder.config.get("bos_token_id")),
         eos_id=_token_id(folder.config.get("eos_token_id")),
         add_bos=tokenizer.get("add_bos_token") is True,
-        quantization=elements.most_common(1)[0][0] if elements else "",
+        quantization=bitsandbytes_bits(folder.config.get("quantization_config")) or (elements.most_common(1)[0][0] if elements else ""),
         n_params=sum(elements.values()),
         n_bytes=sum(entry.stop - entry.start for entry in entries),
         weight_types=dict(Counter(entry.dtype for entry in entries)),
@@ -171,9 +172,29 @@ def check_folder(path: Path) -> Folder:
         if data.get("auto_map") or data.get("trust_remote_code"):
             raise LayerscopeError(f"{path.name} asks to run code of its own (auto_map in {name}), which Layerscope never does.")
     keys = _architecture(config, path.name)
-    if config.get("quantization_config"):
-        raise LayerscopeError(f"{path.name} holds quantised weights (quantization_config); the PyTorch engine reads unquantised safetensors only.")
+    _check_quantization(config.get("quantization_config"), path.name)
     return Folder(path, config, keys, {shard: safetensors_header(shard) for shard in shard_paths(path)})
+
+
+def bitsandbytes_bits(quantization: Any) -> str:
+    """ "int8", "nf4" or "fp4" for a quantization_config of bitsandbytes, "" for any other value."""
+    if not isinstance(quantization, dict) or quantization.get("quant_method", "bitsandbytes") != "bitsandbytes":
+        return ""
+    if quantization.get("load_in_8bit") is True:
+        return "int8"
+    return str(quantization.get("bnb_4bit_quant_type", "fp4"))[:8] if quantization.get("load_in_4bit") is True else ""
+
+
+def _check_quantization(quantization: Any, name: str) -> None:
+    """Raise LayerscopeError unless the weights are plain, or stored by bitsandbytes where the packages to read them are installed."""
+    if not quantization:
+        return
+    method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else "unnamed"
+    if not bitsandbytes_bits(quantization):
+        raise LayerscopeError(f"{name} holds quantised weights (quantization_config: {str(method)[:40]}); the PyTorch engine reads plain safetensors and bitsandbytes.")
+    missing = [package for package in ("bitsandbytes", "accelerate") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise LayerscopeError(f"{name} holds quantised weights of bitsandbytes, and {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed.")
 
 
 def shard_paths(path: Path) -> list[Path]:

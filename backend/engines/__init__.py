@@ -91,6 +91,8 @@ class OpenOptions:
     n_threads: int | None = None
     kv_cache: Literal["f16", "f32"] = "f16"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # HF; auto: float32 on a CPU, the file's own on a GPU
+    quantize: Literal["none", "int8", "nf4"] = "none"  # HF: the weights in fewer bits, by bitsandbytes on a CUDA device
+    device_map: Literal["none", "auto"] = "none"  # HF; auto: spread over the devices there are, by accelerate
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,8 @@ def engine_for(path: Path) -> str:
 def open_engine(path: Path, options: OpenOptions = OpenOptions(), engine: str | None = None) -> Engine:
     """Load the model at `path` (already resolved and checked by `backend.model_files`). Heavy imports happen here, not before."""
     kind = engine or engine_for(path)
+    if kind == "gguf" and (options.quantize, options.device_map) != ("none", "none"):
+        raise LayerscopeError(f"{path.name} is a GGUF file; quantize and device_map are for Hugging Face folders.")
     if kind == "gguf":
         from backend.engines.gguf import GgufEngine
 

@@ -6,6 +6,7 @@
     hf_taps       a run's edits and captures as hooks, which always come off
     hf_attention  the attention function that shows scores, pattern and z
     hf_native     outputs of modules by their own paths
+    hf_placement  weights in fewer bits, or on several devices
     hf_tokenizer  text and ids
 
 A prompt longer than PIECE tokens runs in pieces over a key/value cache, as llama.cpp does with its micro-batches: memory for
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 from backend.engines import DEFAULT_CONTEXT, WHOLE_LIMIT, OpenOptions, Request, Sampling, ShouldStop, Sink, check_request, never_stop, no_sink
 from backend.engines.hf_generic import NO_UNEMBED, Generic, find
 from backend.engines.hf_native import Natives, listed
+from backend.engines.hf_placement import PACKED, arguments, quantization, stored_bits
 from backend.engines.hf_sites import ARCHITECTURES, finished
 from backend.engines.hf_taps import Tap, installed, to_numpy
 from backend.engines.hf_tokenizer import HfTokenizer, first_line
@@ -52,18 +54,21 @@ class HfEngine:
 
         info = model_info(path)
         self._tokenizer = HfTokenizer(path)
-        self.device = _device(options.device)
+        bits = quantization(options, path)
+        self.device = _device("cuda" if bits and options.device == "auto" else options.device)
         if options.n_threads:
             torch.set_num_threads(options.n_threads)
-        self._model = _load(path, self.device, _dtype(options.dtype, self.device), known=info.architecture in ARCHITECTURES)
+        placed = arguments(options, bits, bool(stored_bits(path)), self.device)
+        self._model = _load(path, self.device, _dtype(options.dtype, self.device), known=info.architecture in ARCHITECTURES, placed=placed)
         found = Generic(ARCHITECTURES[info.architecture], True, {}) if info.architecture in ARCHITECTURES else find(self._model, info)
-        self._row, self._in_pieces, self.unchecked = found.row, found.in_pieces, found.unchecked
+        self._row, self._in_pieces, self.unchecked = found.row, found.in_pieces, {**found.unchecked, **({"attn_projection": f"W_O is {bits}: {PACKED}"} if bits else {})}
         bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
         self.info = replace(
             info,
             bos_id=info.bos_id if bos is None else bos,
             eos_id=info.eos_id if eos is None else eos,
             add_bos=self._tokenizer.adds_bos,
+            quantization=bits or info.quantization,
         )
         self._eos_ids = _eos_ids(path) | ({self.info.eos_id} if self.info.eos_id is not None else set())
         self.n_ctx = min(options.n_ctx or DEFAULT_CONTEXT, info.n_ctx)
@@ -72,7 +77,9 @@ class HfEngine:
         self.sites = self._row.sites
         self._forward_arguments = frozenset(inspect.signature(self._model.forward).parameters)
         self.compute = str(self._model.dtype).removeprefix("torch.")
-        self.version = f"transformers {transformers.__version__}, torch {torch.__version__}, {self.device}, {self.compute}"
+        where = "spread over devices" if options.device_map == "auto" else self.device
+        stored = f" on {bits} weights" if bits else ""
+        self.version = f"transformers {transformers.__version__}, torch {torch.__version__}, {where}, {self.compute}{stored}"
 
     def tokenize(self, text: str, add_bos: bool | None = None) -> list[int]:
         """Token ids; special tokens in `text` are plain text. add_bos None: as the tokenizer does by itself."""
@@ -161,6 +168,8 @@ class HfEngine:
         tensor = getattr(self._model.get_submodule(module), parameter, None)
         if tensor is None:
             raise LayerscopeError(f"{self.info.name} has no weight {name[:80]!r}.")
+        if tensor.is_meta or not tensor.is_floating_point():
+            raise LayerscopeError(f"Weight {name[:80]!r} of {self.info.name} cannot be handed out: {PACKED if not tensor.is_meta else 'it is not in memory'}.")
         if entry.transposed:
             tensor = tensor.T
         if entry.half is not None:
@@ -233,10 +242,11 @@ def _no_grad() -> Any:
     return torch.no_grad()
 
 
-def _load(path: Path, device: torch.device, dtype: torch.dtype | str, known: bool) -> Any:
+def _load(path: Path, device: torch.device, dtype: torch.dtype | str, known: bool, placed: dict[str, Any]) -> Any:
     """The model in memory, every tensor accounted for: transformers fills a missing one with random numbers and goes on.
 
     known: whether the architecture has a row, and goes through transformers' attention interface; if not, hf_generic decides about that.
+    placed: hf_placement.arguments; with any, transformers and accelerate put the weights where they belong, and they stay there.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -248,7 +258,7 @@ def _load(path: Path, device: torch.device, dtype: torch.dtype | str, known: boo
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=NAME if known else "eager", experts_implementation="eager", use_safetensors=True, local_files_only=True,
-            trust_remote_code=False, output_loading_info=True,
+            trust_remote_code=False, output_loading_info=True, **placed,
         )  # fmt: skip
     except Exception as error:  # transformers and safetensors raise what they like on a damaged folder; the cause is kept
         raise LayerscopeError(f"{path.name} cannot be loaded: {first_line(error)}.") from error
@@ -257,7 +267,7 @@ def _load(path: Path, device: torch.device, dtype: torch.dtype | str, known: boo
         if report[what]:
             names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report[what])
             raise LayerscopeError(f"{path.name} does not fit its config.json: {len(names)} {what.removesuffix('_keys')} tensors, the first {names[0]}.")
-    return model.to(device).eval()
+    return (model if placed else model.to(device)).eval()
 
 
 def _device(name: str) -> torch.device:
