@@ -137,6 +137,10 @@ ROWS: Mapping[str, Row] = {
         gguf.MODEL_ARCH.GPTNEOX, {_LAYER_NORM: "layer_norm_eps", "rope.dimension_count": _rotary, "use_parallel_residual": "use_parallel_residual"}, _heads_apart
     ),
     "cohere": Row(gguf.MODEL_ARCH.COMMAND_R, {_LAYER_NORM: "layer_norm_eps", "logit_scale": "logit_scale", "rope.dimension_count": _rotary}),
+    "cohere2": Row(
+        gguf.MODEL_ARCH.COHERE2,
+        {_LAYER_NORM: "layer_norm_eps", "logit_scale": "logit_scale", "rope.dimension_count": _rotary, "attention.sliding_window": "sliding_window"},
+    ),
     "glm4": Row(gguf.MODEL_ARCH.GLM4, {_RMS: "rms_norm_eps", "rope.dimension_count": _rotary}),
     "nemotron": Row(gguf.MODEL_ARCH.NEMOTRON, {_LAYER_NORM: "norm_eps", "rope.dimension_count": _rotary}, _gain_is_one_plus),
     "gemma": Row(gguf.MODEL_ARCH.GEMMA, {_RMS: "rms_norm_eps", "rope.dimension_count": _rotary}, _gain_is_one_plus),
