@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from backend.engines import Engine
+    from backend.engines.native import NativeTensor
     from backend.intervention import Intervention
     from backend.library import Library
     from backend.model_info import ModelInfo
@@ -43,6 +44,10 @@ class Model:
 
         return [name for name in SITES if name in self.engine.sites]
 
+    def nodes(self) -> list[NativeTensor]:
+        """What `sites=["native:NAME"]` can name: every node of the graph (GGUF) or every module (HF), with what makes it."""
+        return self.engine.nodes()
+
     def trace(self, prompt: str | None = None, *, tokens: Sequence[int] | None = None, sites: Sequence[str] | None = None,
               layers: Sequence[int] | None = None, heads: Sequence[tuple[int, int]] | None = None, rows: tuple[int, int] | None = None,
               max_new_tokens: int = 0, interventions: Sequence[Intervention] = (),
@@ -50,9 +55,10 @@ class Model:
               out: str | Path | None = None, sampling: Any = None, progress: Any = None) -> Trace:  # fmt: skip
         """Run a prompt (or token ids) and return its trace, published in the traces folder or in the folder `out`.
 
-        sites: names or aliases (None: the standard set); layers: which layers (None: all). heads: (layer, head) pairs, and rows: query
-        positions from rows[0] to before rows[1], limit what is kept of attention maps: what a long prompt needs. precision "float32" stores every value as
-        computed. Raises LayerscopeError in one sentence for anything the caller can mend.
+        sites: names or aliases (None: the standard set), and native tensors as "native:NAME" (see `nodes`); layers: which layers (None: all).
+        heads: (layer, head) pairs, and rows: query positions from rows[0] to before rows[1], limit what is kept of attention maps: what a
+        long prompt needs. precision "float32" stores every value as computed. Raises LayerscopeError in one sentence for anything the
+        caller can mend.
         """
         from backend.engines import Sampling
         from backend.errors import LayerscopeError
@@ -89,10 +95,13 @@ class Model:
 
 
 def open_model(source: str | Path, engine: str | None = None, device: str = "auto", n_gpu_layers: int | Literal["auto"] = "auto",
-               n_ctx: int | None = None, kv_cache: Literal["f16", "f32"] = "f16", dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto") -> Model:  # fmt: skip
+               n_ctx: int | None = None, kv_cache: Literal["f16", "f32"] = "f16", dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto",
+               quantize: Literal["none", "int8", "nf4"] = "none", device_map: Literal["none", "auto"] = "none") -> Model:  # fmt: skip
     """Load a model: a preset name, a .gguf file, a folder of safetensors, or a hub id that is in the local cache.
 
-    kv_cache "f32" is for exact comparisons of GGUF with HF. Raises LayerscopeError if the model cannot be found, read or fitted into memory.
+    kv_cache "f32" is for exact comparisons of GGUF with HF. For folders: quantize stores the weights in 8 or 4 bits (bitsandbytes, a CUDA
+    device), device_map "auto" spreads them over the devices there are (accelerate). Raises LayerscopeError if the model cannot be found,
+    read or fitted into memory.
     """
     from backend.engines import OpenOptions, open_engine
     from backend.estimate import check_model_fits
@@ -102,8 +111,10 @@ def open_model(source: str | Path, engine: str | None = None, device: str = "aut
     shelf = _shelf(settings)
     entry = shelf.resolve(str(source), confined=False)
     path = shelf.ready(entry)
-    check_model_fits(describe(path), device)
-    options = OpenOptions(device=device, n_gpu_layers=n_gpu_layers, n_ctx=n_ctx, n_threads=settings.n_threads, kv_cache=kv_cache, dtype=dtype)
+    options = OpenOptions(device=device, n_gpu_layers=n_gpu_layers, n_ctx=n_ctx, n_threads=settings.n_threads, kv_cache=kv_cache, dtype=dtype,
+                          quantize=quantize, device_map=device_map)  # fmt: skip
+    if (quantize, device_map) == ("none", "none"):  # else the weights go to devices that answer for themselves
+        check_model_fits(describe(path), device)
     opened = open_engine(path, options, engine)
     # The shelf's name is the one by which the trace's model can be opened again.
     opened.info = dataclasses.replace(opened.info, name=entry.name)

@@ -18,7 +18,7 @@ from backend.errors import LayerscopeError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
 
-_SITES_HELP = "Sites to store: names, TransformerLens hooks or ggml nodes; repeat or separate by commas; or all. Default: the standard set."
+_SITES_HELP = "Sites to store: names, TransformerLens hooks, ggml nodes; native:NAME for any tensor (see `nodes`); repeat or separate by commas; or all. Default: the standard set."
 Sites = Annotated[list[str] | None, typer.Option("--sites", "-s", help=_SITES_HELP)]
 Layers = Annotated[str | None, typer.Option("--layers", "-l", help='Layers, for example "0,3-5". Default: all.')]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -43,6 +43,8 @@ def trace(
     seed: Annotated[int, typer.Option(help="Seed of the sampler: the same seed gives the same tokens.")] = 0,
     device: Annotated[str, typer.Option(help="HF: auto, cpu, cuda, ...")] = "auto",
     gpu_layers: Annotated[str, typer.Option(help="GGUF: layers on the GPU, a number or auto.")] = "auto",
+    quantize: Annotated[str, typer.Option(help="HF: none, or int8 or nf4 to store the weights in fewer bits (bitsandbytes, on a CUDA device).")] = "none",
+    device_map: Annotated[str, typer.Option(help="HF: none, or auto to spread the model over the devices there are (accelerate).")] = "none",
     kv_cache: Annotated[str, typer.Option(help="GGUF: f16, or f32 for exact comparisons.")] = "f16",
     n_ctx: Annotated[int | None, typer.Option(help="Context length. Default: the model's, at most 8192.")] = None,
     out: Annotated[str | None, typer.Option(help="Folder for the trace. Default: the traces folder of the settings.")] = None,
@@ -55,7 +57,12 @@ def trace(
     from backend import Sampling, open_model
     from backend.sites import parse_heads, parse_layers, parse_rows
 
-    with open_model(model, device=device, n_gpu_layers=_auto_or_int(gpu_layers), n_ctx=n_ctx, kv_cache=_one_of("kv cache", kv_cache, ("f16", "f32"))) as opened, _Bar() as bar:
+    chosen = {
+        "kv_cache": _one_of("kv cache", kv_cache, ("f16", "f32")),
+        "quantize": _one_of("quantization", quantize, ("none", "int8", "nf4")),
+        "device_map": _one_of("device map", device_map, ("none", "auto")),
+    }
+    with open_model(model, device=device, n_gpu_layers=_auto_or_int(gpu_layers), n_ctx=n_ctx, **chosen) as opened, _Bar() as bar:
         result = opened.trace(
             prompt,
             sites=_split(sites),
@@ -104,6 +111,26 @@ def models(as_json: Json = False) -> None:
 
 
 @app.command()
+def nodes(
+    model: Annotated[str, typer.Option("--model", "-m", help="As for `trace`.")],
+    as_json: Json = False,
+) -> None:
+    """List every tensor that --sites native:NAME can name: graph nodes with op, shape and type (GGUF), or module paths (HF).
+
+    Shapes (NumPy's axis order) are those of a pass over 3 tokens.
+    """
+    from backend import open_model
+
+    with open_model(model) as opened:
+        found = opened.nodes()
+    if as_json:
+        typer.echo(json.dumps({"nodes": [{"name": node.name, "made_by": node.made_by, "shape": list(node.shape), "type": node.type} for node in found]}, ensure_ascii=False))
+        return
+    for node in found:
+        typer.echo(f"{node.name:<40} {node.made_by:<16} {' x '.join(map(str, node.shape)):<24} {node.type}".rstrip())
+
+
+@app.command()
 def worker() -> None:
     """Run the process that takes jobs from the queue (the dashboard starts one by itself)."""
     from backend.worker import main as run_worker
@@ -133,6 +160,7 @@ def summary(trace: Any) -> dict[str, Any]:
         "tokens": trace.token_texts,
         "token_ids": trace.token_ids,
         "sites": {site: layers for site, layers in trace.stored.items()},
+        "native": trace.native,
         "top_tokens": top,
         "integrity": {name: {"ok": item["ok"], "max_error": item["max_error"], "note": item.get("note", "")} for name, item in trace.integrity.items()},
         "notes": trace.metadata.get("notes", []),
@@ -150,6 +178,7 @@ def describe(trace: Any) -> str:
         lines.append(f"{pos:>4} {token!r:<16.16} {shown}{'' if pos < trace.n_prompt else '   (generated)'}")
     lines += ["", f"response  {data['response']!r}" if data["response"] else "response  none asked for", ""]
     lines += [f"{site:<16} {'layers ' + ', '.join(map(str, layers)) if layers else 'no layers'}" for site, layers in data["sites"].items()]
+    lines += [f"native {name}" for name in data["native"]]
     lines += ["", "integrity"]
     for name, item in data["integrity"].items():
         error = "" if item["max_error"] is None else f"{item['max_error']:.2e}"

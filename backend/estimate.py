@@ -22,7 +22,7 @@ from pathlib import Path
 
 from backend.errors import LayerscopeError
 from backend.model_info import ModelInfo
-from backend.sites import SITES, STANDARD_SITES
+from backend.sites import SITES, STANDARD_SITES, split_native
 
 # UTF-8 bytes of a token: what common tokenizers make of English text, rounded down so that the estimate is not too low.
 BYTES_PER_TOKEN = 3.5
@@ -167,8 +167,11 @@ def in_bytes(n: int) -> str:
 
 
 def _stored(info: ModelInfo, sites: Iterable[str] | None) -> tuple[str, ...]:
-    """The sites that are written: derived ones are not, nor are a router's in a dense model or one MLP's hidden layer among experts'."""
-    names = STANDARD_SITES if sites is None else tuple(sites)
+    """The sites that are written: derived ones are not, nor are a router's in a dense model or one MLP's hidden layer among experts'.
+
+    Native tensors are left out: nothing is known of their size before a run.
+    """
+    names = STANDARD_SITES if sites is None else split_native(sites)[0]
     return tuple(n for n in names if not SITES[n].derived and (not SITES[n].per_layer or _n_layers_with(info, n, None)))
 
 

@@ -19,6 +19,7 @@ from backend.errors import LayerscopeError
 from backend.ggml_types import FILE_TYPES
 from backend.gguf_format import GgufHeader, StringArray, TensorInfo, read_header
 from backend.model_info import ModelInfo
+from backend.weight_names import GGUF_NAMES
 
 __all__ = ["GgufHeader", "StringArray", "TensorInfo", "model_info", "read_header"]
 
@@ -41,13 +42,16 @@ class _Sizes:
         raise LayerscopeError(f"{self.label} does not describe a model: {what}.")
 
     def integer(self, key: str, low: int, high: int, default: int | None = None) -> int:
-        """`key` without the architecture's prefix. A list with one value for each layer counts if all its values are the same."""
+        """`key` without the architecture's prefix. A list with one value for each layer counts as its largest value.
+
+        Where the tables know the architecture, all its values must be the same: the sites there hold the same sizes in every layer.
+        """
         full = key if "." in key and key.split(".")[0] == "tokenizer" else f"{self.prefix}.{key}"
         value = self.metadata.get(full, default)
         if isinstance(value, np.ndarray):
-            if value.size == 0 or (value != value[0]).any():
+            if value.size == 0 or (self.prefix in GGUF_NAMES and (value != value[0]).any()):
                 self.refuse(f"{full} differs between layers, which is not supported")
-            value = value[0].item()
+            value = value.max().item()
         if value is None:
             self.refuse(f"{full} is missing")
         if not isinstance(value, int) or isinstance(value, bool):
@@ -73,26 +77,30 @@ def model_info(path: Path, header: GgufHeader) -> ModelInfo:
     metadata, tensors = header.metadata, header.tensors
     architecture = _language_model(path.name, metadata)
     size = _Sizes(path.name, header, architecture)
-    n_layers = size.integer("block_count", 1, MAX_LAYERS)
+    n_blocks = size.integer("block_count", 1, MAX_LAYERS)
+    known = architecture in GGUF_NAMES
+    # Blocks that guess further tokens (multi-token prediction) are stored after those that a forward pass runs through.
+    n_layers = n_blocks if known else n_blocks - size.integer("nextn_predict_layers", 0, n_blocks - 1, 0)
     d_model = size.integer("embedding_length", 1, MAX_WIDTH)
-    n_heads = size.integer("attention.head_count", 1, MAX_WIDTH)
-    n_kv_heads = size.integer("attention.head_count_kv", 1, MAX_WIDTH, n_heads)
-    if n_heads % n_kv_heads:
+    # A model without attention (mamba, rwkv) has 0 heads, and one without an MLP a feed_forward_length of 0.
+    n_heads = size.integer("attention.head_count", int(known), MAX_WIDTH)
+    n_kv_heads = size.integer("attention.head_count_kv", int(known), MAX_WIDTH, n_heads) if n_heads else 0
+    if n_kv_heads and n_heads % n_kv_heads:
         size.refuse(f"{n_heads} heads cannot share {n_kv_heads} key/value heads")
-    if f"{architecture}.attention.key_length" not in metadata and d_model % n_heads:
+    if n_heads and f"{architecture}.attention.key_length" not in metadata and d_model % n_heads:
         size.refuse(f"an embedding_length of {d_model} cannot be divided among {n_heads} heads")
-    d_head = size.integer("attention.key_length", 1, MAX_WIDTH, d_model // n_heads)
-    d_head_v, d_kv_latent = size.integer("attention.value_length", 1, MAX_WIDTH, d_head), 0
+    d_head = size.integer("attention.key_length", 1, MAX_WIDTH, d_model // n_heads) if n_heads else 0
+    d_head_v, d_kv_latent = size.integer("attention.value_length", int(known), MAX_WIDTH, d_head) if n_heads else 0, 0
     if f"{architecture}.attention.key_length_mla" in metadata:
         # Keys and values are cached as one narrow vector that all heads share; each head makes its own from it.
         d_kv_latent, n_kv_heads = d_head, n_heads
         d_head, d_head_v = (size.integer(f"attention.{kind}_length_mla", 1, MAX_WIDTH) for kind in ("key", "value"))
     n_experts = size.integer("expert_count", 0, MAX_EXPERTS, 0)
-    d_mlp = size.integer("feed_forward_length", 1, MAX_WIDTH, 4 * d_model)
+    d_mlp = size.integer("feed_forward_length", int(known), MAX_WIDTH, 4 * d_model)
     n_dense_layers = min(size.integer("leading_dense_block_count", 0, MAX_LAYERS, 0), n_layers) if n_experts else 0
     _check_groups(size, n_experts)
     d_vocab = _vocabulary_size(size, tensors, d_model)
-    _check_layers(size, tensors, n_layers)
+    _check_layers(size, tensors, n_blocks)
     model = str(metadata.get("tokenizer.ggml.model", ""))
     return ModelInfo(
         name=path.stem,

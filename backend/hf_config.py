@@ -11,16 +11,18 @@ nobody vouches for: every length is bounded before it is believed, and everythin
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import struct
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from backend.errors import LayerscopeError
+from backend.hf_types import GENERIC_TYPES, generic_keys
 from backend.model_info import ModelInfo
 
 CONFIG_LIMIT = 4 << 20  # bytes of config.json, tokenizer_config.json
@@ -60,6 +62,7 @@ class ConfigKeys:
     mlp_ratio: int | None = None  # d_mlp / d_model where the config leaves d_mlp out
     requires: tuple[tuple[str, object], ...] = ()  # what else must be set so: variants that would need other sites
     embed: str = "model.embed_tokens.weight"  # its tensor: (d_vocab, d_model)
+    generic: bool = False  # no row: keys found by their usual names; a size may be absent, or a list with one value a layer
 
 
 # Every head has keys and values of its own, made from what all share: so there are as many key/value heads as heads.
@@ -105,6 +108,7 @@ ARCHITECTURES: dict[str, ConfigKeys] = {
 }
 
 # Sizes that no real model exceeds: beyond them a config is a mistake or an attack, and is refused before anything is allocated.
+GENERIC_CONTEXT = 2048  # tokens, where no row says which key holds the limit and no usual one does
 _LIMITS = {
     "n_layers": 1_000, "n_heads": 1_024, "n_kv_heads": 1_024, "d_model": 131_072, "d_head": 8_192, "d_mlp": 1_048_576,
     "d_vocab": 4_194_304, "n_ctx": 1 << 26, "n_experts": 1_024, "n_experts_used": 1_024, "sliding_window": 1 << 26,
@@ -162,7 +166,7 @@ def model_info(path: Path) -> ModelInfo:
         bos_id=_token_id(folder.config.get("bos_token_id")),
         eos_id=_token_id(folder.config.get("eos_token_id")),
         add_bos=tokenizer.get("add_bos_token") is True,
-        quantization=elements.most_common(1)[0][0] if elements else "",
+        quantization=bitsandbytes_bits(folder.config.get("quantization_config")) or (elements.most_common(1)[0][0] if elements else ""),
         n_params=sum(elements.values()),
         n_bytes=sum(entry.stop - entry.start for entry in entries),
         weight_types=dict(Counter(entry.dtype for entry in entries)),
@@ -173,8 +177,8 @@ def model_info(path: Path) -> ModelInfo:
 def check_folder(path: Path) -> Folder:
     """Read and check a model folder's headers.
 
-    Raises LayerscopeError: no folder, no config.json, remote code, pickle-only weights, an architecture without a row,
-    quantised weights, or a config or header that is damaged.
+    Raises LayerscopeError: no folder, no config.json, remote code, pickle-only weights, an architecture that is no decoder of text
+    or that transformers does not know, quantised weights, or a config or header that is damaged.
     """
     if not path.is_dir():
         raise LayerscopeError(f"There is no model folder {path.name!r}.")
@@ -186,9 +190,29 @@ def check_folder(path: Path) -> Folder:
         if data.get("auto_map") or data.get("trust_remote_code"):
             raise LayerscopeError(f"{path.name} asks to run code of its own (auto_map in {name}), which Layerscope never does.")
     keys = _architecture(config, path.name)
-    if config.get("quantization_config"):
-        raise LayerscopeError(f"{path.name} holds quantised weights (quantization_config); the PyTorch engine reads unquantised safetensors only.")
+    _check_quantization(config.get("quantization_config"), path.name)
     return Folder(path, config, keys, {shard: safetensors_header(shard) for shard in shard_paths(path)})
+
+
+def bitsandbytes_bits(quantization: Any) -> str:
+    """ "int8", "nf4" or "fp4" for a quantization_config of bitsandbytes, "" for any other value."""
+    if not isinstance(quantization, dict) or quantization.get("quant_method", "bitsandbytes") != "bitsandbytes":
+        return ""
+    if quantization.get("load_in_8bit") is True:
+        return "int8"
+    return str(quantization.get("bnb_4bit_quant_type", "fp4"))[:8] if quantization.get("load_in_4bit") is True else ""
+
+
+def _check_quantization(quantization: Any, name: str) -> None:
+    """Raise LayerscopeError unless the weights are plain, or stored by bitsandbytes where the packages to read them are installed."""
+    if not quantization:
+        return
+    method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else "unnamed"
+    if not bitsandbytes_bits(quantization):
+        raise LayerscopeError(f"{name} holds quantised weights (quantization_config: {str(method)[:40]}); the PyTorch engine reads plain safetensors and bitsandbytes.")
+    missing = [package for package in ("bitsandbytes", "accelerate") if importlib.util.find_spec(package) is None]
+    if missing:
+        raise LayerscopeError(f"{name} holds quantised weights of bitsandbytes, and {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed.")
 
 
 def shard_paths(path: Path) -> list[Path]:
@@ -291,12 +315,13 @@ def _entry(file: str, name: str, row: Any, data_start: int) -> TensorEntry:
 
 def _architecture(config: Mapping[str, Any], name: str) -> ConfigKeys:
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        raise LayerscopeError(f"{name} has the architecture {str(model_type)[:40]!r}; the PyTorch engine runs {', '.join(ARCHITECTURES)}.")
+    if not isinstance(model_type, str) or model_type not in {*ARCHITECTURES, *GENERIC_TYPES}:
+        raise LayerscopeError(f"{name} has the architecture {str(model_type)[:40]!r}; the PyTorch engine runs {', '.join(ARCHITECTURES)}, and in part "
+                              f"{len(GENERIC_TYPES - set(ARCHITECTURES))} more decoders of text that transformers knows.")  # fmt: skip
     classes = config.get("architectures") or []
     if classes and not any(str(c).endswith(("ForCausalLM", "LMHeadModel")) for c in classes):
         raise LayerscopeError(f"{name} is a {str(classes[0])[:60]}, not a language model that predicts the next token (ForCausalLM).")
-    keys = ARCHITECTURES[model_type]
+    keys = ARCHITECTURES.get(model_type) or replace(ConfigKeys(mlp_ratio=4, embed="", generic=True), **generic_keys(config))
     for key, needed in keys.requires:
         if config.get(key, needed) != needed:
             raise LayerscopeError(f"{name} has {key} = {str(config[key])[:40]}; {model_type} models run with {needed} only.")
@@ -308,30 +333,36 @@ def _sizes(config: Mapping[str, Any], keys: ConfigKeys, name: str) -> dict[str, 
 
     def size(field: str, key: str | None, default: int | None = None) -> int:
         value = config.get(key) if key else None
+        if keys.generic and isinstance(value, list) and value and all(type(item) is int for item in value):
+            value = max(value)
         value = default if value is None else value
         low = 0 if default == 0 else 1
         if type(value) is not int or not low <= value <= _LIMITS[field]:
-            raise LayerscopeError(f"config.json of {name} has {key} = {str(value)[:40]}; it must be a whole number from {low} to {_LIMITS[field]:,}.")
+            raise LayerscopeError(f"config.json of {name} has {key or field} = {str(value)[:40]}; it must be a whole number from {low} to {_LIMITS[field]:,}.")
         return value
 
-    sizes = {field: size(field, getattr(keys, field)) for field in ("n_layers", "n_heads", "d_model", "n_ctx")}
+    sizes = {field: size(field, getattr(keys, field)) for field in ("n_layers", "d_model")}
+    sizes["n_heads"] = size("n_heads", keys.n_heads, None if keys.n_heads else 0)  # mamba and the like have none
+    sizes["n_ctx"] = size("n_ctx", keys.n_ctx, GENERIC_CONTEXT if keys.generic else None)
     sizes["d_mlp"] = size("d_mlp", keys.d_mlp, keys.mlp_ratio and keys.mlp_ratio * sizes["d_model"])
     sizes["d_vocab"] = size("d_vocab", "vocab_size")
     sizes["n_kv_heads"] = size("n_kv_heads", keys.n_kv_heads, sizes["n_heads"])
     if isinstance(keys.d_head, tuple):
         sizes["d_head"] = sum(size("d_head", key) for key in keys.d_head)
-    elif config.get(keys.d_head) is None and sizes["d_model"] % sizes["n_heads"]:
+    elif config.get(keys.d_head) is None and sizes["n_heads"] and sizes["d_model"] % sizes["n_heads"]:
         raise LayerscopeError(f"config.json of {name}: d_model {sizes['d_model']} is no multiple of its {sizes['n_heads']} heads.")
     else:
-        sizes["d_head"] = size("d_head", keys.d_head, sizes["d_model"] // sizes["n_heads"] or 1)
+        sizes["d_head"] = size("d_head", keys.d_head, (sizes["d_model"] // sizes["n_heads"] or 1) if sizes["n_heads"] else 0)
     d_head_v = size("d_head_v", keys.d_head_v) if keys.d_head_v else 0
     sizes["d_head_v"] = d_head_v if d_head_v != sizes["d_head"] else 0
     sizes["d_kv_latent"] = sum(size("d_kv_latent", key) for key in keys.d_kv_latent)
-    if sizes["n_heads"] % sizes["n_kv_heads"]:
+    if sizes["n_kv_heads"] and sizes["n_heads"] % sizes["n_kv_heads"]:
         raise LayerscopeError(f"config.json of {name}: {sizes['n_heads']} heads cannot share {sizes['n_kv_heads']} key/value heads evenly.")
     n_experts = keys.n_experts_alias if keys.n_experts and config.get(keys.n_experts) is None and keys.n_experts_alias in config else keys.n_experts
     for field, key in (("n_experts", n_experts), ("n_experts_used", keys.n_experts_used)):
-        sizes[field] = size(field, key) if key else 0
+        sizes[field] = size(field, key, 0 if keys.generic else None) if key else 0
+    if keys.generic:  # a dense model of a type that can have experts says how many of its 0 experts would answer
+        sizes["n_experts_used"] = min(sizes["n_experts_used"], sizes["n_experts"])
     if sizes["n_experts_used"] > sizes["n_experts"]:
         raise LayerscopeError(f"config.json of {name} uses {sizes['n_experts_used']} experts a token, but has {sizes['n_experts']}.")
     sizes["n_dense_layers"] = min(size("n_dense_layers", keys.n_dense_layers, 0), sizes["n_layers"]) if keys.n_dense_layers else 0

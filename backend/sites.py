@@ -82,6 +82,10 @@ STANDARD_SITES = ("embed", "q", "k", "v", "rot_q", "rot_k", "attn_pattern", "z",
 # Instead of a list of sites: every site that the model has, but not the full matrix of logits, which is named apart.
 ALL_SITES = "all"
 
+# In a list of sites: a tensor by the engine's own name for it, "native:ffn_moe_gate-1" or "native:model.layers.1.mlp.act_fn".
+NATIVE = "native:"
+MAX_NATIVE = 256  # of one run
+
 _HOOK_TO_SITE = {site.hook: site.name for site in _TABLE}
 _GGML_TO_SITE = {name: site.name for site in _TABLE for name in site.ggml}
 
@@ -113,6 +117,19 @@ def resolve_sites(names: Iterable[str]) -> tuple[str, ...]:
     """Canonical names in table order, duplicates dropped. Layers inside aliases are not allowed here: name layers apart."""
     wanted = {resolve_site(name)[0] for name in names}
     return tuple(name for name in SITES if name in wanted)
+
+
+def split_native(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of sites, and native names without their prefix, each in the order given and once.
+
+    >>> split_native(["z", "native:Qcur-0/ROPE", "resid_post"])
+    (('z', 'resid_post'), ('Qcur-0/ROPE',))
+    """
+    every = tuple(dict.fromkeys(names))
+    native = tuple(name.removeprefix(NATIVE) for name in every if name.startswith(NATIVE))
+    if len(native) > MAX_NATIVE:
+        raise LayerscopeError(f"{len(native)} native tensors are asked for, and {MAX_NATIVE} is the most of one run.")
+    return tuple(name for name in every if not name.startswith(NATIVE)), native
 
 
 def parse_layers(text: str | None) -> tuple[int, ...] | None:

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from backend.errors import LayerscopeError, SiteNotCaptured
 from backend.model_info import ModelInfo
-from backend.sites import SITES, resolve_site
-from backend.trace_layout import FORMAT, VERSION, read_json, site_path, stored_sites
+from backend.sites import NATIVE, SITES, resolve_site
+from backend.trace_layout import FORMAT, NATIVE_GROUP, VERSION, read_json, site_path, stored_sites
 
 Array = NDArray[Any]
 
@@ -100,7 +100,9 @@ class Trace:
         return [layer for layer in range(self.info.n_layers) if self.has(name, layer)]
 
     def has(self, site: str, layer: int | None = None) -> bool:
-        """True if the site can be read (at that layer, or at any layer if none is named)."""
+        """True if the site can be read (at that layer, or at any layer if none is named), or "native:NAME" is in the file."""
+        if site.startswith(NATIVE):
+            return site.removeprefix(NATIVE) in self._natives
         name, named = resolve_site(site)
         layer = named if named is not None else layer
         if layer is None and SITES[name].per_layer:
@@ -114,12 +116,14 @@ class Trace:
     # -- arrays ------------------------------------------------------------------------------------------------------------
 
     def __getitem__(self, key: str | tuple[str, int]) -> Array:
-        """The values of a site at a layer, float32 (int32 for expert_indices) in the site's dims.
+        """The values of a site at a layer, float32 (int32 for expert_indices) in the site's dims; trace["native:NAME"] is a native tensor.
 
         Attention maps of which only some heads or rows were captured are NaN elsewhere. Raises SiteNotCaptured if the trace
         holds neither the site nor what it can be derived from.
         """
         site, layer = key if isinstance(key, tuple) else (key, None)
+        if site.startswith(NATIVE):
+            return self.native_tensor(site.removeprefix(NATIVE))
         name, named = resolve_site(site)
         layer = named if named is not None else layer
         if SITES[name].per_layer and layer is None:
@@ -150,6 +154,22 @@ class Trace:
             return list(range(dataset.shape[0])), (0, self.n_tokens)
         kept = json.loads(dataset.attrs["kept"])
         return kept["heads"], tuple(kept["rows"])
+
+    @functools.cached_property
+    def _natives(self) -> dict[str, str]:
+        """Native name -> its dataset."""
+        return {str(item.attrs["name"]): f"{NATIVE_GROUP}/{at}" for at, item in self._file.get(NATIVE_GROUP, {}).items()}
+
+    @property
+    def native(self) -> list[str]:
+        """Names of the native tensors in the file, as they were asked for."""
+        return list(self._natives)
+
+    def native_tensor(self, name: str) -> Array:
+        """A native tensor, float32 or int32, all its axes as the engine has them. Raises SiteNotCaptured naming those there are."""
+        if name not in self._natives:
+            raise SiteNotCaptured(f"{NATIVE}{name}", None, [f"{NATIVE}{known}" for known in self.native])
+        return self._file[self._natives[name]][...]
 
     def source(self, site: str, layer: int | None = None) -> str:
         """The native tensor or module that a stored site came from."""

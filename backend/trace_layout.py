@@ -29,6 +29,7 @@ MAX_CHUNK_ROWS = 512
 _SHARED_CHUNK = 1 << 19
 
 _SPECIAL_PATHS = {"embed": "embeddings/input_embeddings", "ln_final_out": "embeddings/output_embeddings", "logits": "logits/full"}
+NATIVE_GROUP = "native"
 _LAYER_GROUP = re.compile(r"layer_(\d{2,5})")
 
 

@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 
 from backend.durable import publish
 from backend.engines import Piece
+from backend.engines.native import NativePiece
 from backend.errors import LayerscopeError
 from backend.half_precision import overflowed, to_float16
 from backend.model_info import ModelInfo
 from backend.sites import SITES
 from backend.trace_chunks import FILTERS, Encoder, create, tiles, verify
-from backend.trace_layout import FORMAT, PART_SUFFIX, SUFFIX, VERSION, check_id, chunk_shape, new_id, site_path, write_json
+from backend.trace_layout import FORMAT, NATIVE_GROUP, PART_SUFFIX, SUFFIX, VERSION, check_id, chunk_shape, new_id, site_path, write_json
 
 # Small arrays are left to HDF5 and its own checksum.
 _SMALL = {"fletcher32": True, **FILTERS}
@@ -150,6 +151,16 @@ class TraceWriter:
         del self._file[path]
         self._datasets[path] = self._file.create_dataset(path, data=values, chunks=chunks, fillvalue=fill, **FILTERS)
         self._datasets[path].attrs.update(attrs)
+
+    def native(self, piece: NativePiece) -> None:
+        """Store a whole native tensor, as computed."""
+        group = self._file.require_group(NATIVE_GROUP)
+        filters = {"chunks": True, **_SMALL} if piece.values.size and piece.values.ndim else {}
+        if filters:
+            self._through_hdf5.add(f"{NATIVE_GROUP}/{len(group):03d}")
+        dataset = group.create_dataset(f"{len(group):03d}", data=piece.values, **filters)
+        made_by = {"gguf": "op", "hf": "module"}[self.info.engine]
+        dataset.attrs.update({"name": piece.source, made_by: piece.made_by, "dims": list(piece.dims)})
 
     # -- reading back what was stored, for results that need the whole run ----------------------------------------------------
 

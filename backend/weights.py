@@ -198,7 +198,7 @@ class Weights(Mapping[str, NDArray[np.float32]]):
 def open_weights(path: str | Path) -> Weights:
     """The weights of a GGUF file or of a folder of safetensors; only headers are read.
 
-    Raises LayerscopeError for what cannot be opened, with the reason. A GGUF architecture without a row in backend.weight_names
+    Raises LayerscopeError for what cannot be opened, with the reason. An architecture without a row in backend.weight_names
     has its native names only.
     """
     path = Path(path)
@@ -241,7 +241,7 @@ def _open_folder(path: Path) -> Weights:
 
     folder, info = check_folder(path), folder_info(path)
     native = {name: _safetensors_weight(shard, name, entry) for shard, tensors in folder.shards.items() for name, entry in tensors.items()}
-    names = HF_NAMES[info.architecture]
+    names = HF_NAMES.get(info.architecture, {})
     canonical: dict[str, Weight] = {}
     for name, stored in _by_layer(names, info.n_layers):
         weight = _in_folder(native, stored.name)

@@ -14,7 +14,7 @@ from dash import dcc, html
 
 from backend.errors import LayerscopeError
 from backend.estimate import Estimate, estimate, rough_tokens
-from backend.sites import ALL_SITES, SITES, STANDARD_SITES, parse_heads, parse_layers, parse_rows, resolve_sites
+from backend.sites import ALL_SITES, NATIVE, SITES, STANDARD_SITES, parse_heads, parse_layers, parse_rows, resolve_sites, split_native
 from components.controls import field
 from components.icons import icon
 from components.services import services
@@ -57,7 +57,7 @@ class RunRequest:
             model=values["model"],
             prompt=prompt,
             max_new_tokens=int(_number(values.get("new"), "New tokens", 0, MAX_NEW_TOKENS)),
-            sites=_sites(values.get("preset"), values.get("sites") or ()),
+            sites=_sites(values.get("preset"), values.get("sites") or (), values.get("native") or ""),
             layers=parse_layers(values.get("layers")),
             heads=parse_heads(values.get("heads")),
             rows=parse_rows(values.get("rows")),
@@ -103,18 +103,21 @@ def _number(value: Any, name: str, low: float, high: float) -> float:
     return float(value)
 
 
-def _sites(preset: str | None, chosen: Sequence[str]) -> tuple[str, ...] | None:
+def _sites(preset: str | None, chosen: Sequence[str], native: str) -> tuple[str, ...] | None:
+    """`native`: names of native tensors between commas, with or without their prefix."""
     if preset == "everything":
         return (ALL_SITES,)
     if preset != "choose":
         return None
-    if not chosen:
+    names, natives = split_native([*chosen, *(NATIVE + name.strip().removeprefix(NATIVE) for name in native.split(",") if name.strip())])
+    if not names and not natives:
         raise LayerscopeError("No site is chosen to capture.")
-    return resolve_sites(chosen)
+    return (*resolve_sites(names), *(NATIVE + name for name in natives))
 
 
 def run_form(models: Sequence[Any], model: str | None, prompt: str, sites: Sequence[str] | None, new_tokens: int) -> html.Div:
     """The form. `sites` None: the standard preset."""
+    known, native = split_native(sites or STANDARD_SITES)
     usable = [entry for entry in models if entry.error is None]
     options: Any = [{"label": entry.name, "value": entry.name} for entry in usable]
     first = model if any(entry.name == model for entry in usable) else (usable[0].name if usable else None)
@@ -138,7 +141,11 @@ def run_form(models: Sequence[Any], model: str | None, prompt: str, sites: Seque
                 className="fields",
             ),
             html.Div(
-                field("Sites to capture", dcc.Dropdown(list(STORED_SITES), list(sites or STANDARD_SITES), id="run-sites", multi=True), id="run-sites"),
+                [
+                    field("Sites to capture", dcc.Dropdown(list(STORED_SITES), list(known), id="run-sites", multi=True), id="run-sites"),
+                    field("Native tensors", dcc.Input(id="run-native", value=", ".join(native), maxLength=4000, placeholder="none, or names between commas: Qcur-0/ROPE",
+                                                      className="text-input"), "list them with: python -m backend nodes", id="run-native"),
+                ],
                 id="run-sites-field",
                 hidden=not sites,
             ),

@@ -21,7 +21,7 @@ from components.url_state import as_int, keep_url
 
 dash.register_page(__name__, path="/", name="Home", order=0, group="Run", icon="house", description="Run a prompt and capture what happens inside")
 
-FIELDS = ("model", "prompt", "new", "preset", "sites", "layers", "heads", "rows", "precision", "category", "temperature", "seed")
+FIELDS = ("model", "prompt", "new", "preset", "sites", "native", "layers", "heads", "rows", "precision", "category", "temperature", "seed")
 _FORM = [State(f"run-{name}", "value") for name in FIELDS]
 RECENT = 8
 

@@ -422,7 +422,7 @@ def test_a_file_that_llama_cpp_cannot_load_gives_its_reason_and_no_crash(tiny_ll
         GgufEngine(short, EXACT)
     other = tmp_path / "other.gguf"
     other.write_bytes(tiny_llama.gguf.read_bytes().replace(b"llama", b"mamba"))
-    with pytest.raises(LayerscopeError, match="'mamba'.*llama"):
+    with pytest.raises(LayerscopeError, match="llama.cpp cannot load other.gguf|does not describe a model"):
         GgufEngine(other, EXACT)
 
 

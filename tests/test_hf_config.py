@@ -128,7 +128,7 @@ def index(weight_map: Any) -> Callable[[Path], None]:
         (text("config.json", "[" * 100_000), "no valid JSON"),
         (text("config.json", '{"model_type": "llama", "model_type": "gpt2"}'), "a key occurs twice"),
         (text("config.json", " " * (5 << 20)), "more than the 4,194,304 bytes"),
-        (config(model_type="mamba"), "architecture 'mamba'.*runs llama, mistral"),
+        (config(model_type="bert"), "architecture 'bert'.*runs llama, mistral.*more decoders of text"),
         (config(model_type=None), "architecture 'None'"),
         (config(architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification"),
         (config(auto_map={"AutoModel": "modeling.Evil"}), "run code of its own"),

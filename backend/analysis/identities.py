@@ -14,6 +14,7 @@ over all layers and pieces; a capture that is off by one layer, unmasked or tran
     expert_weights   the experts' weights are their router probabilities, renormalised over the chosen or not
     unembed          final norm and W_U of the last resid_post = logits
     finite           no value is NaN or infinite (the error is the share of bad values)
+    table_row        no comparison: says that the architecture has no row in the engine's table, and what that means
 
 resid_pre[l+1] = resid_post[l] holds by construction, since traces derive one from the other; attn_sum would catch an engine for
 which it is false. An edited site no longer equals what it is computed from, so identities that end there are not checked.
@@ -22,8 +23,9 @@ which it is false. An edited site no longer equals what it is computed from, so 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -48,6 +50,7 @@ TITLES = {
     "expert_weights": "expert weights = router probabilities",
     "unembed": "norm and W_U of the last layer = logits",
     "finite": "no NaN or infinite value",
+    "table_row": "sites of this architecture are known",
 }
 
 _INPUTS = {
@@ -61,6 +64,7 @@ _INPUTS = {
 }
 _HELD = frozenset(site for sites in _INPUTS.values() for site in sites) - {"attn_pattern"}
 _MOE = ("router_top_k", "expert_weights")
+_WHERE_APT = (*_MOE, "table_row")  # reported only of models that they say something of
 _IGNORED_INFINITE = ("attn_scores",)  # masked scores are -inf by definition
 
 # Facts of architectures, by llama.cpp's and transformers' names.
@@ -107,6 +111,7 @@ class Identities:
                 attn_projection is not checked
     unembed     (residual stream (n, d_model), token ids (m,)) -> their logits (n, m), as the engine offers it; left out: unembed is not checked
     edited      places (site, layer) that an intervention changed, resid_pre rewritten as the site it comes from
+    unchecked   identity -> why it cannot be checked of this model
     """
 
     def __init__(
@@ -116,11 +121,14 @@ class Identities:
         unembed: Callable[[Array, NDArray[np.int64]], Array] | None = None,
         edited: Collection[Place] = (),
         limits: Tolerances | None = None,
+        unchecked: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self._info, self._weight, self._unembed = info, weight, unembed
-        self._edited = set(edited)
+        self._edited, self._unchecked = set(edited), unchecked
         self._limits = limits or tolerances(info.engine, info.quantization)
-        self._found: dict[str, _Result] = {name: _Result() for name in TITLES if info.is_moe or name not in _MOE}
+        self._found: dict[str, _Result] = {name: _Result() for name in TITLES if name not in _WHERE_APT or (info.is_moe and name in _MOE) or name in unchecked}
+        for name, why in unchecked.items():
+            self._found[name].note = why
         self._seen: set[str] = set()
         self._layer: int | None = None
         self._start = 0
@@ -212,6 +220,8 @@ class Identities:
         ends_at = {"attn_sum": "resid_mid", "mlp_sum": "resid_post", "attn_projection": "attn_out", "unembed": "logits"}.get(name, name)
         ends_at = "attn_pattern" if name.startswith("pattern") else ends_at
         found = self._found[name]
+        if name in self._unchecked:
+            return False
         if (ends_at, layer) in self._edited:
             found.note = f"{ends_at} was edited" if layer is None else f"{ends_at} of layer {layer} was edited"
             return False

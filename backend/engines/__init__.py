@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,9 @@ from backend.errors import LayerscopeError, ranges
 from backend.intervention import Intervention, edits_by_place
 from backend.model_info import ModelInfo
 from backend.sites import SITES
+
+if TYPE_CHECKING:
+    from backend.engines.native import NativeTensor
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Piece:
 
 
 DEFAULT_CONTEXT = 8192  # tokens; more only when asked for
+WHOLE_LIMIT = 4096  # tokens that run in one piece: attention maps of all heads are in memory then, and grow with the square
 
 Where = tuple[str, int | None]  # site, layer
 Sink = Callable[[Piece], None]
@@ -60,12 +64,13 @@ def no_sink(piece: Piece) -> None:
 
 @dataclass(frozen=True)
 class Request:
-    """What a run captures: the sites and, for sites that have layers, which layers (None: all).
+    """What a run captures: the sites and, for sites that have layers, which layers (None: all); and tensors by native name.
 
     Some sites exist in some layers only (a router in those with experts); others are left out there. `exact`: every site was
     named together with every layer, and one that does not exist there is an error.
     heads, rows: what is kept of attention maps: (layer, head) pairs, and the query positions from rows[0] to before rows[1].
     None: all. Engines leave out layers and pieces of which nothing is kept; `cut` takes what is kept out of the rest.
+    native: names of graph nodes (GGUF) or module paths (HF), see backend.engines.native. With any, the prompt runs in one piece.
     """
 
     sites: tuple[str, ...]
@@ -73,6 +78,7 @@ class Request:
     heads: tuple[tuple[int, int], ...] | None = None
     rows: tuple[int, int] | None = None
     exact: bool = False
+    native: tuple[str, ...] = ()
 
     def wants(self, site: str, layer: int | None, start: int = 0, n: int = sys.maxsize) -> bool:
         """Whether anything of this site is kept of positions `start` to `start + n`."""
@@ -89,7 +95,7 @@ class Request:
 
     def cut(self, piece: Piece) -> Piece | None:
         """The part of a piece of an attention map that is kept; any other piece as it is. None: nothing."""
-        if not SITES[piece.site].is_attention_map or (self.heads is None and self.rows is None):
+        if piece.site not in SITES or not SITES[piece.site].is_attention_map or (self.heads is None and self.rows is None):
             return piece
         n_heads, n, _ = piece.values.shape
         heads = tuple(range(n_heads)) if self.heads is None else tuple(sorted({head for at, head in self.heads if at == piece.layer}))
@@ -121,6 +127,8 @@ class OpenOptions:
     n_threads: int | None = None
     kv_cache: Literal["f16", "f32"] = "f16"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # HF; auto: float32 on a CPU, the file's own on a GPU
+    quantize: Literal["none", "int8", "nf4"] = "none"  # HF: the weights in fewer bits, by bitsandbytes on a CUDA device
+    device_map: Literal["none", "auto"] = "none"  # HF; auto: spread over the devices there are, by accelerate
 
 
 @dataclass(frozen=True)
@@ -140,6 +148,7 @@ class Engine(Protocol):
     version: str  # engine and library version, for the trace's record
     compute: str  # what sets its rounding: the dtype of arithmetic (HF), or the storage of the weights (GGUF)
     n_ctx: int  # most tokens of one run: the smaller of the option and the model's own
+    unchecked: dict[str, str]  # identity that cannot be checked of this model -> why; "table_row": the architecture has no row
 
     def tokenize(self, text: str, add_bos: bool | None = None) -> list[int]:
         """Token ids; special tokens in `text` are plain text. add_bos None: as the model asks."""
@@ -151,7 +160,7 @@ class Engine(Protocol):
         """The text of the ids together, special tokens left out."""
 
     def run(self, ids: list[int], request: Request, sink: Sink, edits: tuple[Intervention, ...] = (), should_stop: ShouldStop = never_stop) -> None:
-        """One forward pass over `ids` with every edit applied, handing every requested piece to `sink`.
+        """One forward pass over `ids` with every edit applied, handing every requested piece (natives as NativePiece) to `sink`.
 
         Values handed out are those after the edit. Raises LayerscopeError for a site the model does not have, ids beyond the
         context or an edit outside the model; Cancelled as soon as should_stop() answers True.
@@ -162,7 +171,13 @@ class Engine(Protocol):
         """Up to n new tokens, stopping after the end-of-sequence token (included). Nothing is captured."""
 
     def unembed(self, resid: NDArray[np.float32], tokens: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
-        """Final norm, then W_U: residual stream (..., d_model) -> logits (..., d_vocab), any soft-cap included; of `tokens` only, (..., len(tokens))."""
+        """Final norm, then W_U: residual stream (..., d_model) -> logits (..., d_vocab), any soft-cap included; of `tokens` only, (..., len(tokens)).
+
+        Raises LayerscopeError where `unchecked` has "unembed": nothing is known then that leads from the one to the other.
+        """
+
+    def nodes(self) -> list[NativeTensor]:
+        """Every tensor that `Request.native` can name, in the order of the computation (GGUF) or of the model's definition (HF)."""
 
     def weight(self, name: str, rows: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """A weight by its canonical name (backend.weights), float32 in this engine's own head order, (out, in); of its outputs `rows` only."""
@@ -179,6 +194,8 @@ def engine_for(path: Path) -> str:
 def open_engine(path: Path, options: OpenOptions = OpenOptions(), engine: str | None = None) -> Engine:
     """Load the model at `path` (already resolved and checked by `backend.model_files`). Heavy imports happen here, not before."""
     kind = engine or engine_for(path)
+    if kind == "gguf" and (options.quantize, options.device_map) != ("none", "none"):
+        raise LayerscopeError(f"{path.name} is a GGUF file; quantize and device_map are for Hugging Face folders.")
     if kind == "gguf":
         from backend.engines.gguf import GgufEngine
 
@@ -196,6 +213,8 @@ def check_request(info: ModelInfo, places: Collection[Where], request: Request, 
         raise LayerscopeError("The prompt is empty: it has 0 tokens, and at least 1 is needed.")
     if len(ids) > n_ctx:
         raise LayerscopeError(f"The prompt has {len(ids):,} tokens, more than the {n_ctx:,} of the context.")
+    if request.native and len(ids) > WHOLE_LIMIT:
+        raise LayerscopeError(f"The prompt has {len(ids):,} tokens; native tensors need it in one piece, which holds {WHOLE_LIMIT:,} at most.")
     bad = [i for i in ids if not 0 <= i < info.d_vocab]
     if bad:
         raise LayerscopeError(f"Token id {bad[0]} is outside the vocabulary of {info.d_vocab:,}.")

@@ -3,8 +3,11 @@
     gguf_header    what the file says, checked before llama.cpp sees it (backend)
     gguf_context   llama.cpp's model and context
     gguf_sites     the table: architecture -> the graph node of each site
+    gguf_generic   what an architecture without a row still gives
     gguf_graph     the table looked up in the real graph, and the callback
     gguf_tap       a run's edits and captures at each node
+    gguf_native    nodes by their own names
+    gguf_unembed   final norm and W_U, outside llama.cpp
     gguf_vocab     text and ids
     ggml           the tensor struct, reading, writing, dequantizing
 
@@ -22,22 +25,27 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from backend.analysis.identities import tolerances
 from backend.engines import DEFAULT_CONTEXT, OpenOptions, Request, Sampling, ShouldStop, Sink, check_edits, check_request, never_stop, no_sink
-from backend.engines.ggml import Tensor, check_layout
+from backend.engines.ggml import Tensor, check_layout, read
 from backend.engines.gguf_context import Context, Model
-from backend.engines.gguf_graph import Place, SeenNode, Watch, find_places
-from backend.engines.gguf_sites import architecture
+from backend.engines.gguf_generic import NO_ROW, NO_UNEMBED, fitting, is_pattern
+from backend.engines.gguf_graph import Place, SeenNode, Watch, Where, find_places
+from backend.engines.gguf_native import Natives, listed
+from backend.engines.gguf_sites import GENERIC, architecture
 from backend.engines.gguf_tap import Tap
+from backend.engines.gguf_unembed import Unembedding, candidates, measured
 from backend.engines.gguf_vocab import Vocabulary
+from backend.engines.native import NativeTensor
 from backend.engines.sampling import check_sampling, choose
 from backend.errors import Cancelled, LayerscopeError
-from backend.gguf_header import model_info, read_header
+from backend.gguf_header import GgufHeader, model_info, read_header
 from backend.intervention import Intervention, edits_by_place
 from backend.weight_names import ROTARY_INTERLEAVED
 from backend.weights import open_weights
 
 PIECE = 512  # tokens
-_CACHED_UNEMBED_BYTES = 1 << 30
+_PROBE = 3  # tokens of the pass that shows what a model has: a size of its own among the axes of a node
 
 
 class GgufEngine:
@@ -51,29 +59,28 @@ class GgufEngine:
         path = Path(path)
         header = read_header(path)
         info = model_info(path, header)
-        self._table = architecture(info.architecture, path.name)
-        self._divisor, self._softcap = (
-            float(header.metadata.get(f"{info.architecture}.{key}", 0.0)) for key in (self._table.logit_divisor, self._table.logit_softcap)
-        )
+        self._table = architecture(info.architecture)
         if "tokenizer.ggml.tokens" not in header.metadata:
             raise LayerscopeError(f"{path.name} holds no tokenizer (tokenizer.ggml.tokens is missing).")
         self._options, self._n_ubatch = options, n_ubatch
         self.n_ctx = min(options.n_ctx or DEFAULT_CONTEXT, info.n_ctx)
         self._context: Context | None = None
-        self._unembed: NDArray[np.float32] | None = None
+        self._unembedding: Unembedding | None = None
         self._model = Model(path, options, editable_weights)
         try:
             self._weights = open_weights(path)
             self._vocabulary = Vocabulary(self._model)
             self.info = replace(info, add_bos=self._vocabulary.add_bos)
             self._watch = Watch(self._model.llama)
-            self._places = self._find_places()
+            self._nodes: list[SeenNode] = []
+            self._places = self._find_places(header)
         except BaseException:
             self.close()
             raise
         self.compute = self.info.quantization
         self.places = frozenset(self._places)
         self.sites = frozenset(site for site, _ in self.places)
+        self.unchecked: dict[str, str] = {} if self._table is not GENERIC else {"table_row": NO_ROW} | ({} if self._unembedding else {"unembed": NO_UNEMBED})
         device = "GPU" if self._model.n_gpu_layers else "CPU"
         self.version = f"llama-cpp-python {importlib.metadata.version('llama-cpp-python')}, {device}, {options.kv_cache} KV cache"
 
@@ -92,12 +99,15 @@ class GgufEngine:
     def run(self, ids: list[int], request: Request, sink: Sink, edits: tuple[Intervention, ...] = (), should_stop: ShouldStop = never_stop) -> None:
         """One forward pass over `ids`; see Engine.run.
 
-        An edit whose meaning spans positions (a mean over them, an array with a position axis, an attention map) makes the
-        prompt run whole instead of in pieces.
+        An edit whose meaning spans positions (a mean over them, an array with a position axis, an attention map), and a native
+        tensor, make the prompt run whole instead of in pieces.
         """
         check_request(self.info, self.places, request, ids, self.n_ctx)
+        natives = Natives(self.info, request.native, self._nodes, sink)
         tap = self._tap(request, sink, edits, should_stop, len(ids))
-        self._prefill(ids, tap, self._piece(edits, ids), n_ctx=len(ids), all_outputs=True)
+        piece = max(len(ids), self._n_ubatch) if request.native else self._piece(edits, ids)
+        self._prefill(ids, tap, piece, n_ctx=len(ids), all_outputs=True, natives=natives)
+        natives.check_complete()
 
     def generate(self, ids: list[int], n: int, sampling: Sampling, on_token: Callable[[int], None] | None = None,
                  edits: tuple[Intervention, ...] = (), should_stop: ShouldStop = never_stop) -> list[int]:  # fmt: skip
@@ -126,29 +136,16 @@ class GgufEngine:
     def unembed(self, resid: NDArray[np.float32], tokens: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """Final norm, then W_U, in float32: resid (..., d_model) -> logits (..., d_vocab) or those of `tokens`, any soft-cap included.
 
-        RMS norm: Zhang & Sennrich, arXiv:1910.07467; LayerNorm: Ba et al., arXiv:1607.06450.
         llama.cpp's kernels round activations to 8 bits where W_U is quantized, so its own logits differ by that rounding.
+        Raises LayerscopeError where the architecture has no row and none of the known ways to end a model makes its logits.
         """
-        rows = np.asarray(resid, np.float32)
-        if self._table.norm == "layer":
-            rows = rows - rows.mean(axis=-1, keepdims=True)
-        scale = np.sqrt(np.mean(np.square(rows), axis=-1, keepdims=True, dtype=np.float64) + self.info.norm_eps)
-        normed = (rows / scale).astype(np.float32) * self._weights["ln_final.w"]
-        if "ln_final.b" in self._weights:
-            normed = normed + self._weights["ln_final.b"]
-        logits = self._times_unembed(normed, tokens) / np.float32(self._divisor or 1.0)
-        return np.asarray(self._softcap * np.tanh(logits / self._softcap), np.float32) if self._softcap else logits
+        if self._unembedding is None:
+            raise LayerscopeError(f"{self.info.name} ({self.info.architecture}) cannot be read through a logit lens: {NO_UNEMBED}.")
+        return self._unembedding(resid, tokens)
 
-    def _times_unembed(self, normed: NDArray[np.float32], tokens: NDArray[np.int64] | None) -> NDArray[np.float32]:
-        w_u = self._weights.lazy("unembed.W_U")
-        if tokens is not None:
-            return np.asarray(normed @ (w_u[tokens] if self._unembed is None else self._unembed[tokens]).T)
-        if self._unembed is None and 4 * w_u.size <= _CACHED_UNEMBED_BYTES:
-            self._unembed = w_u[:]
-        if self._unembed is not None:
-            return np.asarray(normed @ self._unembed.T)
-        step = max(1, _CACHED_UNEMBED_BYTES // 4 // self.info.d_model)
-        return np.concatenate([normed @ w_u[i : i + step].T for i in range(0, self.info.d_vocab, step)], axis=-1)
+    def nodes(self) -> list[NativeTensor]:
+        """Every node of the graph in the order of the computation, with its shape in a pass over a few tokens."""
+        return listed(self._nodes)
 
     def weight(self, name: str, rows: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """A weight by its canonical name, float32, (out, in), heads in the order of q and k as handed out; of its outputs `rows` only."""
@@ -161,28 +158,60 @@ class GgufEngine:
         self._context = None
         self._model.close()
 
-    def _find_places(self) -> dict[tuple[str, int | None], Place]:
-        """Run one token, noting every node of the graph; the embedding's node proves that tensors are laid out as ggml.py says."""
-        nodes: list[SeenNode] = []
-        seen: list[Place] = []
+    def _find_places(self, header: GgufHeader) -> dict[Where, Place]:
+        """Run a few tokens, noting every node of the graph; a node of known size proves that tensors are laid out as ggml.py says."""
+        ids = [self.info.d_vocab * (i + 1) // (_PROBE + 2) for i in range(min(_PROBE, self.info.n_ctx, self._n_ubatch))]
+        context = self._context_for(len(ids), self._n_ubatch)
+        self._watch.record(self._nodes)
+        context.decode(ids, 0, all_outputs=True)
+        self._watch.rest()
+        places = find_places(self._table, self._nodes)
+        if self._table is GENERIC:
+            return self._probed(fitting(places, self._nodes, self.info, len(ids)), ids, header)
+        embed = places.get(("embed", None))
+        if embed is None:
+            raise LayerscopeError(f"The installed llama-cpp-python shows no embedding node for {self.info.name}; install version 0.3.36.")
+        self._look(context, ids, [embed], lambda tensor, place: check_layout(tensor, place.name, self.info.d_model, len(ids)))
+        self._unembedding = self._by_row(header)
+        return places
+
+    def _look(self, context: Context, ids: list[int], places: Iterable[Place], visit: Callable[[Tensor, Place], None]) -> None:
+        self._watch.want(places, visit)
+        context.clear()
+        context.decode(ids, 0, all_outputs=True)
+        self._watch.rest()
+
+    def _by_row(self, header: GgufHeader) -> Unembedding:
+        """The way from the residual stream to logits that the row of the table says."""
+        divisor, softcap = (float(header.metadata.get(f"{self.info.architecture}.{key}", 0.0)) for key in (self._table.logit_divisor, self._table.logit_softcap))
+        bias = self._weights["ln_final.b"] if "ln_final.b" in self._weights else None
+        return Unembedding(self._table.norm, self.info.norm_eps, self._weights["ln_final.w"], bias, self._weights.lazy("unembed.W_U"), None, divisor or 1.0, softcap)
+
+    def _probed(self, places: dict[Where, Place], ids: list[int], header: GgufHeader) -> dict[Where, Place]:
+        """Of `places`, by name and size, those that hold what they promise; finds the way to logits as well, where it can be found."""
+        ends = {("resid_post", self.info.n_layers - 1), ("ln_final_out", None), ("logits", None)}
+        kept, values = dict(places), {}
 
         def check(tensor: Tensor, place: Place) -> None:
-            check_layout(tensor, place.name, self.info.d_model, 1)
-            seen.append(place)
+            where = place.site, place.layer
+            if place.site == "logits":
+                check_layout(tensor, place.name, self.info.d_vocab, len(ids))
+            if place.site == "attn_pattern" and not is_pattern(read(tensor)):
+                del kept[where]
+            if where in ends:
+                values[where] = np.array(read(tensor)[0, 0])
 
-        context = self._context_for(1, self._n_ubatch)
-        self._watch.record(nodes)
-        context.decode([0], 0, all_outputs=True)
-        places = find_places(self._table, nodes)
-        embed = places.get(("embed", None))
-        if embed is not None:
-            self._watch.want([embed], check)
-            context.clear()
-            context.decode([0], 0, all_outputs=True)
-        self._watch.rest()
-        if not seen:
-            raise LayerscopeError(f"The installed llama-cpp-python shows no embedding node for {self.info.name}; install version 0.3.36.")
-        return places
+        context = self._context_for(len(ids), self._n_ubatch)
+        self._look(context, ids, places.values(), check)
+        logits = values.get(("logits", None))
+        if logits is None or not np.array_equal(logits[-1], context.last_logits()):
+            raise LayerscopeError(f"{self.info.name} has the architecture {self.info.architecture[:40]!r}, which has no row in Layerscope's tables, "
+                                  "and no node of its graph called 'result_output' holds the logits.")  # fmt: skip
+        if ends <= values.keys():
+            resid, normed = values["resid_post", self.info.n_layers - 1], values["ln_final_out", None]
+            limits = tolerances("gguf", self.info.quantization)
+            self._unembedding = measured(candidates(self.info, header, self._weights), resid, normed, logits, limits)
+        return kept
 
     def _tap(self, request: Request, sink: Sink, edits: tuple[Intervention, ...], should_stop: ShouldStop, n_tokens: int) -> Tap:
         """Check the edits; stop at the nodes that are wanted, edited, or the end of a layer."""
@@ -198,19 +227,22 @@ class GgufEngine:
             if tap.request.wants(site, layer, tap.start, n) or (site, layer) in tap.edits or (asks_at_layers and site == "resid_post"):
                 yield place
 
-    def _prefill(self, ids: list[int], tap: Tap, piece: int, n_ctx: int, all_outputs: bool) -> Context:
+    def _prefill(self, ids: list[int], tap: Tap, piece: int, n_ctx: int, all_outputs: bool, natives: Natives | None = None) -> Context:
         """Run the prompt from position 0 in pieces."""
         context = self._context_for(n_ctx, piece)
         context.clear()
         for start in range(0, len(ids), piece):
-            self._step(context, ids[start : start + piece], tap, start, all_outputs)
+            self._step(context, ids[start : start + piece], tap, start, all_outputs, natives)
         return context
 
-    def _step(self, context: Context, ids: list[int], tap: Tap, start: int, all_outputs: bool) -> None:
+    def _step(self, context: Context, ids: list[int], tap: Tap, start: int, all_outputs: bool, natives: Natives | None = None) -> None:
         if tap.should_stop():
             raise Cancelled
         tap.start = start
-        self._watch.want(self._stops(tap, len(ids)), tap.visit)
+        if natives:
+            self._watch.want([*self._stops(tap, len(ids)), *natives.places], natives.beside(tap.visit))
+        else:
+            self._watch.want(self._stops(tap, len(ids)), tap.visit)
         try:
             context.decode(ids, start, all_outputs or bool(tap.edits))
         finally:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from backend.engines.ggml import NAME_OFFSET, OP_OFFSET, Tensor, op_name, scale_of_soft_max
+from backend.engines.ggml import F32, NAME_OFFSET, OP_OFFSET, Tensor, op_name, scale_of_soft_max
 from backend.engines.gguf_sites import Architecture, Node
 
 Where = tuple[str, int | None]  # site, layer
@@ -40,18 +40,21 @@ class Place:
 
 @dataclass(frozen=True)
 class SeenNode:
-    """What the first, recording pass noted of one node."""
+    """What the first, recording pass noted of one node. `shape` in NumPy's axis order, 4 axes; `type`: ggml's type."""
 
     name: str
     op: int
     operands: tuple[str, ...]
     scale: float
+    shape: tuple[int, ...] = ()
+    type: int = F32
 
     @classmethod
     def of(cls, tensor: Tensor) -> SeenNode:
         op = op_name(tensor.op)
         operands = tuple(name.decode("utf-8", "replace") for name in _operands(tensor, op))
-        return cls(tensor.name.decode("utf-8", "replace"), tensor.op, operands, scale_of_soft_max(tensor) if op == "SOFT_MAX" else 1.0)
+        scale = scale_of_soft_max(tensor) if op == "SOFT_MAX" else 1.0
+        return cls(tensor.name.decode("utf-8", "replace"), tensor.op, operands, scale, tuple(tensor.ne)[::-1], tensor.type)
 
 
 def _operands(tensor: Tensor, op: str) -> list[bytes]:

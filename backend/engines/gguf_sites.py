@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from backend.errors import LayerscopeError
-
 
 @dataclass(frozen=True)
 class Node:
@@ -165,9 +163,13 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 }
 
 
-def architecture(name: str, label: str) -> Architecture:
-    """The row of an architecture; raises LayerscopeError, naming those that exist, for one without a row."""
-    row = ARCHITECTURES.get(name)
-    if row is None:
-        raise LayerscopeError(f"{label} has the architecture {name[:40]!r}; GGUF models of {', '.join(sorted(ARCHITECTURES))} can be run.")
-    return row
+# What an architecture without a row gets: the names that llama.cpp gives in nearly every graph, nothing of doubtful meaning.
+# `backend.engines.gguf_generic` keeps of it what a probe of the model finds to be there.
+GENERIC = Architecture(
+    (Node("resid_post", "l_out"), Node("attn_pattern", "kq_soft_max", "SOFT_MAX"), Node("z", "kqv_out"), *_OUTPUT),
+)
+
+
+def architecture(name: str) -> Architecture:
+    """The row of an architecture, or GENERIC."""
+    return ARCHITECTURES.get(name, GENERIC)

@@ -2,9 +2,12 @@
 
     hf_config     what the folder says, checked before transformers sees it
     hf_sites      the table: architecture -> module paths of sites and weights
+    hf_generic    the row of an architecture without one, found in the model
     hf_taps       a run's edits and captures as hooks, which always come off
     hf_attention  the attention function that shows scores, pattern and z
     hf_router     how routers choose experts, for edits of their scores
+    hf_native     outputs of modules by their own paths
+    hf_placement  weights in fewer bits, or on several devices
     hf_tokenizer  text and ids
 
 A prompt longer than PIECE tokens runs in pieces over a key/value cache, as llama.cpp does with its micro-batches: memory for
@@ -14,6 +17,7 @@ attention maps and logits grows with the piece, not with the square of the promp
 from __future__ import annotations
 
 import gc
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -23,14 +27,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backend.engines import DEFAULT_CONTEXT, OpenOptions, Request, Sampling, ShouldStop, Sink, check_edits, check_request, never_stop, no_sink
-from backend.engines.hf_sites import ARCHITECTURES
+from backend.engines import DEFAULT_CONTEXT, WHOLE_LIMIT, OpenOptions, Request, Sampling, ShouldStop, Sink, check_edits, check_request, never_stop, no_sink
+from backend.engines.hf_generic import NO_UNEMBED, Generic, find
+from backend.engines.hf_native import Natives, listed
+from backend.engines.hf_placement import PACKED, arguments, quantization, stored_bits
+from backend.engines.hf_sites import ARCHITECTURES, finished
 from backend.engines.hf_taps import Tap, has_module, installed, to_numpy
 from backend.engines.hf_tokenizer import HfTokenizer, first_line
+from backend.engines.native import NativeTensor
 from backend.engines.sampling import check_sampling, choose
 from backend.errors import LayerscopeError
 from backend.hf_config import CONFIG_LIMIT, model_info, read_json
-from backend.intervention import Intervention
+from backend.intervention import Intervention, edits_by_place
 from backend.weight_names import section_rows
 
 if TYPE_CHECKING:
@@ -48,24 +56,33 @@ class HfEngine:
 
         info = model_info(path)
         self._tokenizer = HfTokenizer(path)
-        self.device = _device(options.device)
+        bits = quantization(options, path)
+        self.device = _device("cuda" if bits and options.device == "auto" else options.device)
         if options.n_threads:
             torch.set_num_threads(options.n_threads)
-        self._row = ARCHITECTURES[info.architecture]
-        self._model = _load(path, self.device, _dtype(options.dtype, self.device))
+        placed = arguments(options, bits, bool(stored_bits(path)), self.device)
+        self._model = _load(path, self.device, _dtype(options.dtype, self.device), known=info.architecture in ARCHITECTURES, placed=placed)
+        found = Generic(ARCHITECTURES[info.architecture], True, {}) if info.architecture in ARCHITECTURES else find(self._model, info)
+        self._row, self._in_pieces, self.unchecked = found.row, found.in_pieces, {**found.unchecked, **({"attn_projection": f"W_O is {bits}: {PACKED}"} if bits else {})}
         bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
         self.info = replace(
             info,
             bos_id=info.bos_id if bos is None else bos,
             eos_id=info.eos_id if eos is None else eos,
             add_bos=self._tokenizer.adds_bos,
+            quantization=bits or info.quantization,
         )
         self._eos_ids = _eos_ids(path) | ({self.info.eos_id} if self.info.eos_id is not None else set())
         self.n_ctx = min(options.n_ctx or DEFAULT_CONTEXT, info.n_ctx)
+        if not self._in_pieces:
+            self.n_ctx = min(self.n_ctx, WHOLE_LIMIT)
         self.places = self._row.sites_of(self.info.n_layers, partial(has_module, self._model))
         self.sites = frozenset(site for site, _ in self.places)
+        self._forward_arguments = frozenset(inspect.signature(self._model.forward).parameters)
         self.compute = str(self._model.dtype).removeprefix("torch.")
-        self.version = f"transformers {transformers.__version__}, torch {torch.__version__}, {self.device}, {self.compute}"
+        where = "spread over devices" if options.device_map == "auto" else self.device
+        stored = f" on {bits} weights" if bits else ""
+        self.version = f"transformers {transformers.__version__}, torch {torch.__version__}, {where}, {self.compute}{stored}"
 
     def tokenize(self, text: str, add_bos: bool | None = None) -> list[int]:
         """Token ids; special tokens in `text` are plain text. add_bos None: as the tokenizer does by itself."""
@@ -83,13 +100,15 @@ class HfEngine:
         """One forward pass over `ids`; see Engine.run.
 
         Pieces hold at most PIECE positions. An edit whose meaning spans positions (a mean over them, an array with a
-        position axis, an attention map) makes the prompt run whole.
+        position axis, an attention map), and a native tensor, make the prompt run whole.
         """
         check_request(self.info, self.places, request, ids, self.n_ctx)
         self._check_edits(edits, len(ids))
-        tap = Tap(self.info, request, sink, edits, should_stop, len(ids))
-        with _no_grad(), installed(self._model, self._row, tap, self.places):
-            self._prefill(ids, tap, cache=None if len(ids) <= _piece(edits, ids) else self._cache(), size=_piece(edits, ids))
+        tap, natives = Tap(self.info, request, sink, edits, should_stop, len(ids)), Natives(self.info, self._model, request.native)
+        size = len(ids) if request.native or not self._in_pieces else _piece(edits, ids)
+        with _no_grad(), installed(self._model, self._row, tap, self.places), natives:
+            self._prefill(ids, tap, cache=None if len(ids) <= size else self._cache(), size=size)
+        natives.hand_out(sink)
 
     def generate(self, ids: list[int], n: int, sampling: Sampling, on_token: Callable[[int], None] | None = None,
                  edits: tuple[Intervention, ...] = (), should_stop: ShouldStop = never_stop) -> list[int]:  # fmt: skip
@@ -103,22 +122,32 @@ class HfEngine:
             raise LayerscopeError(f"A prompt of {len(ids):,} tokens and {n:,} new ones are more than the {self.n_ctx:,} of the context.")
         check_sampling(sampling)
         self._check_edits(edits, len(ids))
-        tap, cache, rng = Tap(self.info, Request(()), no_sink, edits, should_stop, len(ids)), self._cache(), np.random.default_rng(sampling.seed)
+        tap, rng = Tap(self.info, Request(()), no_sink, edits, should_stop, len(ids)), np.random.default_rng(sampling.seed)
+        cache, size = (self._cache(), _piece(edits, ids)) if self._in_pieces else (None, len(ids))
         new: list[int] = []
         with _no_grad(), installed(self._model, self._row, tap, self.places):
-            logits = self._prefill(ids, tap, cache, _piece(edits, ids))
+            logits = self._prefill(ids, tap, cache, size)
             while len(new) < n:
                 new.append(choose(logits, sampling, rng))
                 if on_token:
                     on_token(new[-1])
                 if new[-1] in self._eos_ids or len(new) == n:
                     break
-                logits = self._step(new[-1:], tap, cache, start=len(ids) + len(new) - 1)
+                if self._in_pieces:
+                    logits = self._step(new[-1:], tap, cache, start=len(ids) + len(new) - 1)
+                else:
+                    logits = self._step([*ids, *new], tap, None, start=0)
         return new
 
     def unembed(self, resid: NDArray[np.float32], tokens: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
-        """Final norm, then W_U: resid (..., d_model) -> logits (..., d_vocab), or those of `tokens`."""
+        """Final norm, then W_U: resid (..., d_model) -> logits (..., d_vocab), or those of `tokens`.
+
+        Raises LayerscopeError where the architecture has no row and its final norm could not be told.
+        """
         import torch
+
+        if not self._row.final_norm:
+            raise LayerscopeError(f"{self.info.name} ({self.info.architecture}) cannot be read through a logit lens: {NO_UNEMBED}.")
 
         norm, unembed = self._model.get_submodule(self._row.final_norm), self._model.get_submodule(self._row.unembed)
         rows = np.ascontiguousarray(resid, dtype=np.float32).reshape(-1, resid.shape[-1])
@@ -131,8 +160,12 @@ class HfEngine:
                 chosen = torch.from_numpy(tokens).to(self.device)
                 bias = None if unembed.bias is None else unembed.bias[chosen]
                 logits = [torch.nn.functional.linear(norm(piece[None])[0], unembed.weight[chosen], bias) for piece in pieces]
-            finished = [to_numpy(self._finished(piece)) for piece in logits]
-        return np.concatenate(finished).reshape(*resid.shape[:-1], -1)
+            ended = [to_numpy(finished(self._row, self._model.config, piece)) for piece in logits]
+        return np.concatenate(ended).reshape(*resid.shape[:-1], -1)
+
+    def nodes(self) -> list[NativeTensor]:
+        """Every module below the model, by its path."""
+        return listed(self._model)
 
     def weight(self, name: str, rows: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """A weight by its canonical name, a float32 copy, (out, in); experts (expert, out, in); of its first axis `rows` only. Raises LayerscopeError."""
@@ -146,6 +179,9 @@ class HfEngine:
         tensors = [self._parameter(entry.parameter.format(block, i)) for i in range(n_each)]
         if any(tensor is None for tensor in tensors):
             raise LayerscopeError(f"{self.info.name} has no weight {name[:80]!r}.")
+        if any(tensor.is_meta or not tensor.is_floating_point() for tensor in tensors):
+            why = "it is not in memory" if any(tensor.is_meta for tensor in tensors) else PACKED
+            raise LayerscopeError(f"Weight {name[:80]!r} of {self.info.name} cannot be handed out: {why}.")
         tensor = torch.stack(tensors) if entry.each else tensors[0]
         if entry.step:
             tensor = tensor[..., entry.step[0] :: entry.step[1]]
@@ -172,16 +208,14 @@ class HfEngine:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _finished(self, logits: Any) -> Any:
-        """Logits as the model's own last step leaves them."""
-        divisor, cap = (getattr(self._model.config, key) if key else None for key in (self._row.logit_divisor, self._row.logit_softcap))
-        logits = logits / divisor if divisor else logits
-        return (logits / cap).tanh() * cap if cap else logits
-
     def _check_edits(self, edits: tuple[Intervention, ...], n_tokens: int) -> None:
         for edit in edits:
             edit.check(self.info, n_tokens)
         check_edits(self.info, self.places, edits)
+        for site, layer in edits_by_place(edits):
+            place = self._row.places.get(site)
+            if place is not None and place.collected:
+                raise LayerscopeError(f"{self.info.name} ({self.info.architecture}) has no site {site!r}{'' if layer is None else f' in layer {layer}'} to edit.")
 
     def _cache(self) -> Any:
         """A cache of every key: a sliding-window cache drops keys, and then positions would shift under edits and captures."""
@@ -195,6 +229,15 @@ class HfEngine:
             logits = self._step(ids[start : start + size], tap, cache, start)
         return logits
 
+    def _outputs(self, tap: Tap) -> dict[str, Any]:
+        """What the pass is asked to put out: all logits only where they are looked at, and patterns where eager attention has to make them."""
+        pattern = self._row.places.get("attn_pattern")
+        eager = pattern is not None and pattern.collected and "attn_pattern" in tap.request.sites
+        outputs: dict[str, Any] = {"output_attentions": True} if eager else {}
+        if "logits_to_keep" in self._forward_arguments:
+            outputs["logits_to_keep"] = 0 if tap.request.native or tap.touches("logits", None) else 1
+        return outputs
+
     def _step(self, ids: list[int], tap: Tap, cache: Any, start: int) -> NDArray[np.float32]:
         """One forward pass over the tokens at positions `start` and on; returns the last one's logits (d_vocab,)."""
         import torch
@@ -204,7 +247,7 @@ class HfEngine:
             input_ids=torch.tensor([ids], device=self.device),
             past_key_values=cache,
             use_cache=cache is not None,
-            logits_to_keep=0 if tap.touches("logits", None) else 1,
+            **self._outputs(tap),
         )
         return np.asarray(to_numpy(output.logits[0, -1]))
 
@@ -219,8 +262,12 @@ def _no_grad() -> Any:
     return torch.no_grad()
 
 
-def _load(path: Path, device: torch.device, dtype: torch.dtype | str) -> Any:
-    """The model in memory, every tensor accounted for: transformers fills a missing one with random numbers and goes on."""
+def _load(path: Path, device: torch.device, dtype: torch.dtype | str, known: bool, placed: dict[str, Any]) -> Any:
+    """The model in memory, every tensor accounted for: transformers fills a missing one with random numbers and goes on.
+
+    known: whether the architecture has a row, and goes through transformers' attention interface; if not, hf_generic decides about that.
+    placed: hf_placement.arguments; with any, transformers and accelerate put the weights where they belong, and they stay there.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -230,8 +277,8 @@ def _load(path: Path, device: torch.device, dtype: torch.dtype | str) -> Any:
     logging.disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, attn_implementation=NAME, experts_implementation="eager", use_safetensors=True, local_files_only=True,
-            trust_remote_code=False, output_loading_info=True,
+            path, dtype=dtype, attn_implementation=NAME if known else "eager", experts_implementation="eager", use_safetensors=True, local_files_only=True,
+            trust_remote_code=False, output_loading_info=True, **placed,
         )  # fmt: skip
     except Exception as error:  # transformers and safetensors raise what they like on a damaged folder; the cause is kept
         raise LayerscopeError(f"{path.name} cannot be loaded: {first_line(error)}.") from error
@@ -240,7 +287,7 @@ def _load(path: Path, device: torch.device, dtype: torch.dtype | str) -> Any:
         if report[what]:
             names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report[what])
             raise LayerscopeError(f"{path.name} does not fit its config.json: {len(names)} {what.removesuffix('_keys')} tensors, the first {names[0]}.")
-    return model.to(device).eval()
+    return (model if placed else model.to(device)).eval()
 
 
 def _device(name: str) -> torch.device:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from backend.sites import SITES
 
@@ -33,6 +33,7 @@ class Place:
     heads: bool = False  # the last axis is (head, d_head) flattened
     section: str = ""  # which columns of a fused projection, as backend.weight_names.section has them; empty: all
     times: str = ""  # the configuration's factor that the block multiplies the module's output with
+    collected: bool = False  # the model only collects it: it is handed out and dropped there, and editing it would change nothing
 
     def paths(self, layer: int | None) -> tuple[str, ...]:
         """The modules of which the first that the model has is the site's."""
@@ -97,6 +98,9 @@ class Architecture:
     rotary: bool = True
     logit_divisor: str = ""  # the configuration's name for what logits are divided by
     logit_softcap: str = ""  # the configuration's cap c in c tanh(logits / c)
+    logit_scale: str = ""  # the configuration's name for what logits are multiplied with
+    attends: frozenset[int] | None = None  # layers whose `attention` the attention function sees; None: all
+    attention_sites: tuple[str, ...] = ATTENTION_SITES
 
     def sites_of(self, n_layers: int, has: Callable[[str], bool]) -> frozenset[tuple[str, int | None]]:
         """Every (site, layer) whose module is in the model, as `has` says of a path; layer None: a site without layers.
@@ -106,10 +110,19 @@ class Architecture:
         found: set[tuple[str, int | None]] = set()
         for site, place in self.places.items():
             found |= {(site, at) for at in (range(n_layers) if SITES[site].per_layer else (None,)) if any(has(path) for path in place.paths(at))}
-        found |= {(site, layer) for layer in range(n_layers) for site in (*(ROTARY_SITES if self.rotary else ()), *ATTENTION_SITES)}
+        attending = range(n_layers) if self.attends is None else self.attends
+        found |= {(site, layer) for layer in attending for site in (*(ROTARY_SITES if self.rotary else ()), *self.attention_sites)}
         if self.router:
             found |= {(site, layer) for layer in range(n_layers) for site in self.router.sites if has(self.router.module.format(layer))}
         return frozenset(found)
+
+
+def finished(row: Architecture, config: Any, logits: Any) -> Any:
+    """The product with W_U as the model's own last step leaves it. config: transformers' configuration."""
+    divisor, scale, cap = (getattr(config, key) if key else None for key in (row.logit_divisor, row.logit_scale, row.logit_softcap))
+    logits = logits / divisor if divisor else logits
+    logits = logits * scale if scale else logits
+    return (logits / cap).tanh() * cap if cap else logits
 
 
 _LAYER, _ATTN, _MLP = "model.layers.{}", "model.layers.{}.self_attn", "model.layers.{}.mlp"

@@ -94,15 +94,16 @@ def installed(model: nn.Module, row: Architecture, tap: Tap, places: Collection[
     try:
         for layer in range(tap.info.n_layers):
             handles.append(model.get_submodule(row.layer.format(layer)).register_forward_pre_hook(_stop_hook(tap)))
-            attention = model.get_submodule(row.attention.format(layer))
-            setattr(attention, TAP, tap)
-            tapped.append(attention)
+            if row.attends is None or layer in row.attends:
+                attention = model.get_submodule(row.attention.format(layer))
+                setattr(attention, TAP, tap)
+                tapped.append(attention)
             if row.router and ("router_logits", layer) in places:
                 name = row.router.module.format(layer)
                 handles.append(model.get_submodule(name).register_forward_hook(_router_hook(tap, layer, row.router, name)))
         for site, place in row.places.items():
             for at in range(tap.info.n_layers) if SITES[site].per_layer else (None,):
-                if (site, at) in places and tap.touches(site, at):
+                if (site, at) in places and (tap.touches(site, at) or (place.collected and site in tap.request.sites)):
                     handles.append(_hang(model, tap, site, at, place))
         yield
     finally:
@@ -146,6 +147,8 @@ def _hang(model: nn.Module, tap: Tap, site: str, layer: int | None, place: Place
         if place.part is None:
             return through(output)
         changed = through(output[place.part])
+        if place.collected:  # else one map a layer would stay in memory until the end of the pass
+            changed = output[place.part].new_empty(0)
         if changed is None:
             return None
         if isinstance(output, tuple):

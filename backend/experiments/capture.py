@@ -24,13 +24,14 @@ from backend.analysis import attention as attention_analysis
 from backend.analysis import logits as logits_analysis
 from backend.analysis.identities import Identities, tolerances
 from backend.engines import Engine, Piece, Request, Sampling, ShouldStop, never_stop
+from backend.engines.native import NativePiece
 from backend.errors import LayerscopeError
 from backend.experiments import Context, Progress, no_progress
 from backend.experiments.aside import Aside
 from backend.experiments.logit_lens import AUTO_BUDGET, compute_lens, cost, lens_rows
 from backend.intervention import Intervention, edits_by_place
 from backend.notes import notes
-from backend.sites import ALL_SITES, SITES, STANDARD_SITES, resolve_sites
+from backend.sites import ALL_SITES, NATIVE, SITES, STANDARD_SITES, resolve_sites, split_native
 from backend.trace_writer import TraceWriter
 
 TOP_K = 20
@@ -46,7 +47,7 @@ class CaptureSpec:
 
     prompt: str = ""
     token_ids: tuple[int, ...] | None = None  # instead of the prompt's text
-    sites: tuple[str, ...] | None = None  # None: STANDARD_SITES, as far as the model has them
+    sites: tuple[str, ...] | None = None  # None: STANDARD_SITES, as far as the model has them; "native:NAME" too
     layers: tuple[int, ...] | None = None
     heads: tuple[tuple[int, int], ...] | None = None  # (layer, head) pairs whose attention maps are kept; None: all
     rows: tuple[int, int] | None = None  # query positions of the attention maps that are kept, first to before last; None: all
@@ -68,6 +69,7 @@ def capture(engine: Engine, spec: CaptureSpec, folder: Path, *, progress: Progre
     started = time.perf_counter()
     prompt_ids = list(spec.token_ids) if spec.token_ids is not None else _tokenize(engine, spec.prompt)
     request = _request(engine, spec)
+    native = [NATIVE + name for name in request.native]
     timings: dict[str, float] = {}
     ids = prompt_ids
     for edit in spec.interventions:
@@ -112,7 +114,7 @@ def capture(engine: Engine, spec: CaptureSpec, folder: Path, *, progress: Progre
             response=engine.detokenize(ids[len(prompt_ids) :]),
             generation={"max_new_tokens": spec.max_new_tokens, **asdict(spec.sampling)},
             interventions=[edit.to_json() for edit in spec.interventions],
-            capture={**request.to_json(), "precision": spec.precision},
+            capture={**request.to_json(), "sites": [*request.sites, *native], "precision": spec.precision},
             timings={name: round(value, 4) for name, value in timings.items()},
             integrity=run.identities.report(),
             notes=notes(engine.info, len(ids)),
@@ -130,8 +132,8 @@ class _Run:
         self.ids, self.writer, self.logits, self.progress, self.keep_logits = ids, writer, logits, progress, keep_logits
         self._links = attention_analysis.Links(ids)
         self._predictions: list[dict[str, NDArray[Any]]] = []
-        self.identities = Identities(engine.info, weight=_weight_or_none(engine), unembed=engine.unembed, edited=edits_by_place(edits),
-                                     limits=tolerances(engine.info.engine, engine.compute))  # fmt: skip
+        self.identities = Identities(engine.info, weight=_weight_or_none(engine), unembed=None if "unembed" in engine.unchecked else engine.unembed,
+                                     edited=edits_by_place(edits), limits=tolerances(engine.info.engine, engine.compute), unchecked=engine.unchecked)  # fmt: skip
         self.n_layers, self._n_heads = engine.info.n_layers, engine.info.n_heads
         self._heads: dict[int, list[int]] = {}  # of each layer, those whose maps are kept
         self._means: dict[int, attention_analysis.RowMeans] = {}
@@ -141,6 +143,9 @@ class _Run:
 
     def take(self, piece: Piece) -> None:
         """Check, store and summarise one piece; its values are this run's own."""
+        if isinstance(piece, NativePiece):
+            self.writer.native(piece)
+            return
         if piece.layer is not None and piece.layer != self._layer:
             self._layer = piece.layer
             self._tell(piece.layer, piece.start, piece.values.shape[1 if SITES[piece.site].is_attention_map else 0])
@@ -195,7 +200,9 @@ def summaries(logits: NDArray[np.float32], start: int, ids: list[int]) -> list[d
 
 
 def _wants_lens(engine: Engine, spec: CaptureSpec, request: Request, n_tokens: int) -> bool:
-    """As the spec says; else where the logit lens costs less than AUTO_BUDGET. It needs two rows at least."""
+    """As the spec says; else where the logit lens costs less than AUTO_BUDGET. It needs two rows at least, and a way from the stream to logits."""
+    if "unembed" in engine.unchecked:
+        return False
     n_rows = len(lens_rows(lambda site, layer: request.wants(site, layer), engine.info.n_layers))
     affordable = cost(n_rows, n_tokens, engine.info.d_model, engine.info.d_vocab) <= AUTO_BUDGET
     return n_rows > 1 and (affordable if spec.lens is None else spec.lens)
@@ -277,18 +284,19 @@ def _request(engine: Engine, spec: CaptureSpec) -> Request:
     """The sites that are stored: those named (which must exist), "all" that the model has, or the standard ones as far as it has them."""
     layers = tuple(sorted(set(spec.layers))) if spec.layers is not None else None
     named = spec.sites not in (None, (ALL_SITES,))
-    if spec.sites == (ALL_SITES,):
+    names, native = split_native(spec.sites or ())
+    if names == (ALL_SITES,):
         sites = tuple(site for site in SITES if site != "logits" and _has(engine, site, layers))
     elif spec.sites is None:
         sites = tuple(site for site in STANDARD_SITES if _has(engine, site, layers))
     else:
-        sites = tuple(site for site in resolve_sites(spec.sites) if not SITES[site].derived)
-        if any(SITES[s].derived for s in resolve_sites(spec.sites)):
-            sites = resolve_sites({*sites, *(need for s in resolve_sites(spec.sites) for need in _NEEDS.get(s, ()))})
+        sites = tuple(site for site in resolve_sites(names) if not SITES[site].derived)
+        if any(SITES[s].derived for s in resolve_sites(names)):
+            sites = resolve_sites({*sites, *(need for s in resolve_sites(names) for need in _NEEDS.get(s, ()))})
     if spec.max_new_tokens < 0:
         raise LayerscopeError(f"The number of new tokens is {spec.max_new_tokens}; it must be 0 or more.")
     heads = tuple(sorted(set(spec.heads))) if spec.heads is not None else None
-    return Request(sites, layers, heads, spec.rows, exact=named)
+    return Request(sites, layers, heads, spec.rows, exact=named, native=native)
 
 
 def _has(engine: Engine, site: str, layers: tuple[int, ...] | None) -> bool:
