@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from backend.sites import SITES, STANDARD_SITES
 from bench.measure import PEERS_PYTHON, Case, in_turn
 from bench.models import BASE, describe, hf_folder, random_ids
@@ -21,7 +23,7 @@ def hooks(sites: tuple[str, ...] | list[str], n_layers: int) -> list[str]:
 def section() -> Section:
     if not PEERS_PYTHON.is_file():
         raise SystemExit(f"The peers are not installed: {PEERS_PYTHON.parent.parent.name} is missing. Run make peers-env first.")
-    here = {"path": str(hf_folder()), "ids": random_ids(N_TOKENS)}
+    here: dict[str, Any] = {"path": str(hf_folder()), "ids": random_ids(N_TOKENS)}
     peer = {**here, "python": PEERS_PYTHON}
     n_layers = BASE.num_hidden_layers
     runs = in_turn({
