@@ -25,14 +25,14 @@ def section() -> Section:
     texts, goals = [], []
     for engine, model in (("llama.cpp, Q8_0", gguf_file), ("PyTorch, float32", hf_folder)):
         for curve, points in _curves(model).items():
-            runs = in_turn({point: Case("run_capture", **arguments) for point, arguments in points.items()}, GROWTH_ROUNDS)
+            runs = in_turn({point: Case("run_capture", **arguments, lens=False) for point, arguments in points.items()}, GROWTH_ROUNDS)
             texts.append(f"**{engine}, by {curve}**\n\n{_table(curve, runs)}\n\n{_fit(runs)}")
             goals += _goals(f"{engine}, by {curve}", curve, runs)
     text = f"""
 {describe(SMALL)}. By *prompt*, in tokens: {", ".join(RESIDUAL_AND_ATTENTION)} of a model with {LAYERS[0]} layers; by *layers*: as many as the row says,
 all standard sites at {N_TOKENS} tokens; by *sites*: the first so many of the standard sites, in the order of the table of sites, at {N_TOKENS} tokens.
 *values* are all values of the captured sites, what the causal mask hides included. The time includes the model's own, and what every trace
-costs whatever is in it. *growth* is the exponent from the row above: time ~ values^growth, 1 is linear, less is better than linear.
+costs whatever is in it; the logit lens is left out. *growth* is the exponent from the row above: time ~ values^growth, 1 is linear, less is better than linear.
 
 {(chr(10) * 2).join(texts)}
 """

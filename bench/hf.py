@@ -31,7 +31,6 @@ def section() -> Section:
         "plain forward, eager attention": Case("run_transformers", **here, attention="eager"),
         OURS_PART: Case("run_capture", **here, sites=RESIDUAL_AND_ATTENTION),
         OURS: Case("run_capture", **here),
-        f"{OURS}, with logit lens": Case("run_capture", **here, lens=True),
         LENS: Case("run_transformer_lens", **peer, hooks=hooks(STANDARD_SITES, n_layers)),
         "TransformerLens, every hook in memory": Case("run_transformer_lens", **peer),
         "nnsight, the same sites in memory": Case("run_nnsight", **peer, everything=True),
