@@ -36,7 +36,7 @@ costs whatever is in it; the logit lens is left out. *growth* is the exponent fr
 
 {(chr(10) * 2).join(texts)}
 """
-    return Section("How time and memory grow", text, goals)
+    return Section("How time and memory grow", text, goals, GROWTH_ROUNDS)
 
 
 def _curves(model: Any) -> dict[str, dict[str, dict[str, Any]]]:

@@ -40,7 +40,7 @@ file: activations in float16, compressed without further loss, summaries, thumbn
 
 {table(["model", "sites", "float32", "on disk", "smaller by"], rows, text_columns=2)}
 """
-    return Section("Size of a trace", text, goals)
+    return Section("Size of a trace", text, goals, 1)
 
 
 def _text() -> str:
