@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import llama_cpp
 import torch
 
@@ -16,7 +18,7 @@ TITLE = "On a GPU"
 def section() -> Section:
     ids, tables = random_ids(N_TOKENS), []
     if torch.cuda.is_available():
-        here = {"path": str(hf_folder()), "ids": ids}
+        here: dict[str, Any] = {"path": str(hf_folder()), "ids": ids}
         runs = in_turn({
             "plain forward, GPU": Case("run_transformers", **here, device="cuda"),
             "residual stream + attention, GPU": Case("run_capture", **here, sites=RESIDUAL_AND_ATTENTION, gpu=True),

@@ -14,7 +14,7 @@ from bench.measure import ROUNDS, Case, Runs, in_turn
 from bench.models import SMALL, Sizes, describe, gguf_file, hf_folder, random_ids
 from bench.report import RESIDUAL_AND_ATTENTION, Goal, Section, megabytes, table
 
-LENGTHS, LAYERS, N_TOKENS = (64, 256, 1024, 2048, 4096), (4, 8, 16, 32), 512
+LENGTHS, LAYERS, N_TOKENS = (64, 256, 1024, 2048, 4096), (4, 8, 16, 32), 256
 GROWTH_ROUNDS = min(ROUNDS, 5)
 # A power of the captured values: 1 is linear. Memory of four times the layers, against memory of one time.
 MOST_GROWTH, MOST_MEMORY = 1.15, 1.25
@@ -25,26 +25,26 @@ def section() -> Section:
     texts, goals = [], []
     for engine, model in (("llama.cpp, Q8_0", gguf_file), ("PyTorch, float32", hf_folder)):
         for curve, points in _curves(model).items():
-            runs = in_turn({point: Case("run_capture", **arguments) for point, arguments in points.items()}, GROWTH_ROUNDS)
+            runs = in_turn({point: Case("run_capture", **arguments, lens=False) for point, arguments in points.items()}, GROWTH_ROUNDS)
             texts.append(f"**{engine}, by {curve}**\n\n{_table(curve, runs)}\n\n{_fit(runs)}")
             goals += _goals(f"{engine}, by {curve}", curve, runs)
     text = f"""
-{describe(SMALL)}; as many layers as the row says where layers grow. By *prompt*: {", ".join(RESIDUAL_AND_ATTENTION)} of all layers, in tokens; by *layers*:
+{describe(SMALL)}. By *prompt*, in tokens: {", ".join(RESIDUAL_AND_ATTENTION)} of a model with {LAYERS[0]} layers; by *layers*: as many as the row says,
 all standard sites at {N_TOKENS} tokens; by *sites*: the first so many of the standard sites, in the order of the table of sites, at {N_TOKENS} tokens.
 *values* are all values of the captured sites, what the causal mask hides included. The time includes the model's own, and what every trace
-costs whatever is in it. *growth* is the exponent from the row above: time ~ values^growth, 1 is linear, less is better than linear.
+costs whatever is in it; the logit lens is left out. *growth* is the exponent from the row above: time ~ values^growth, 1 is linear, less is better than linear.
 
 {(chr(10) * 2).join(texts)}
 """
-    return Section("How time and memory grow", text, goals)
+    return Section("How time and memory grow", text, goals, GROWTH_ROUNDS)
 
 
 def _curves(model: Any) -> dict[str, dict[str, dict[str, Any]]]:
     """Curve -> point -> arguments of a case. `model` makes a model of some sizes."""
-    small = str(model(SMALL))
+    small, shallow = str(model(SMALL)), str(model(_deep(LAYERS[0])))
     counts = (1, 2, 4, 8, len(_DENSE))
     return {
-        "prompt": {str(n): {"path": small, "ids": random_ids(n, SMALL), "sites": RESIDUAL_AND_ATTENTION} for n in LENGTHS},
+        "prompt": {str(n): {"path": shallow, "ids": random_ids(n, SMALL), "sites": RESIDUAL_AND_ATTENTION} for n in LENGTHS},
         "layers": {str(n): {"path": str(model(_deep(n))), "ids": random_ids(N_TOKENS, SMALL)} for n in LAYERS},
         "sites": {str(n): {"path": small, "ids": random_ids(N_TOKENS, SMALL), "sites": _DENSE[:n]} for n in counts},
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from backend.sites import SITES, STANDARD_SITES
 from bench.measure import PEERS_PYTHON, Case, in_turn
 from bench.models import BASE, describe, hf_folder, random_ids
@@ -21,7 +23,7 @@ def hooks(sites: tuple[str, ...] | list[str], n_layers: int) -> list[str]:
 def section() -> Section:
     if not PEERS_PYTHON.is_file():
         raise SystemExit(f"The peers are not installed: {PEERS_PYTHON.parent.parent.name} is missing. Run make peers-env first.")
-    here = {"path": str(hf_folder()), "ids": random_ids(N_TOKENS)}
+    here: dict[str, Any] = {"path": str(hf_folder()), "ids": random_ids(N_TOKENS)}
     peer = {**here, "python": PEERS_PYTHON}
     n_layers = BASE.num_hidden_layers
     runs = in_turn({
@@ -29,7 +31,6 @@ def section() -> Section:
         "plain forward, eager attention": Case("run_transformers", **here, attention="eager"),
         OURS_PART: Case("run_capture", **here, sites=RESIDUAL_AND_ATTENTION),
         OURS: Case("run_capture", **here),
-        f"{OURS}, with logit lens": Case("run_capture", **here, lens=True),
         LENS: Case("run_transformer_lens", **peer, hooks=hooks(STANDARD_SITES, n_layers)),
         "TransformerLens, every hook in memory": Case("run_transformer_lens", **peer),
         "nnsight, the same sites in memory": Case("run_nnsight", **peer, everything=True),

@@ -50,7 +50,7 @@ error over mean square.
 
 {table(["model", "site", "TransformerLens' hook", "PyTorch, max abs", "limit", "GGUF, NMSE", "limit"], rows, text_columns=3)}
 """
-    return Section("The same values as TransformerLens", text, goals)
+    return Section("The same values as TransformerLens", text, goals, 1)
 
 
 def compare(tiny: TinyModel, cache: Path) -> dict[str, list[str]]:

@@ -21,15 +21,16 @@ from bench.measure import ROOT, ROUNDS, Runs, n_threads
 
 RESIDUAL_AND_ATTENTION = ["embed", "attn_pattern", "resid_mid", "resid_post"]
 DOCUMENT, SECTIONS = ROOT / "docs" / "benchmarks.md", ROOT / "data" / "bench" / "sections"
+PEERS_REQUIREMENTS = ROOT / "bench" / "requirements-peers.txt"
 _PACKAGES = ("llama-cpp-python", "torch", "transformers", "numpy", "h5py", "hdf5plugin")
 
 _INTRODUCTION = """# What Layerscope costs
 
 Written by `make bench` (peers: `make peers-env` first); `make bench ONLY=gguf` measures one section again. The scripts are in `bench/`.
 
-How it is measured: every case is a process of its own with its model loaded. The cases of one table run in turn (A B C A B C ...), {rounds}
-times after a warm-up round, all with the same number of threads; figures are medians, with least and most in parentheses, and ratios are taken
-within a round. Where something else used the machine the spread says so; *least x least* compares the undisturbed rounds. *CPU seconds* count all
+How it is measured: every case is a process of its own with its model loaded. The cases of one table run in turn (A B C A B C ...), after a
+warm-up round as many rounds as the section says, all with the same number of threads; figures are medians, with least and most in parentheses, and
+ratios are taken within a round. Where something else used the machine the spread says so; *least x least* compares the undisturbed rounds. *CPU seconds* count all
 threads, waiting ones included. *Extra peak memory* is the most resident memory during a run above what it was with the model loaded and warmed up
 on four tokens (Linux' VmHWM, set back before each run).
 """
@@ -51,6 +52,7 @@ class Section:
     title: str
     text: str
     goals: list[Goal] = field(default_factory=list)
+    rounds: int = ROUNDS
 
 
 def at_most(limit: float, what: str, than: str, runs: Mapping[str, Runs]) -> Goal:
@@ -107,8 +109,9 @@ def markdown(section: Section, measured_on: str) -> str:
 def machine() -> str:
     """Cores, memory, versions and date, in one sentence."""
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in _PACKAGES)
+    peers = ", ".join(line.replace("==", " ") for line in PEERS_REQUIREMENTS.read_text().splitlines() if line.startswith(("transformer-lens", "nnsight")))
     system = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
-    return f"{_cpu()}, {n_threads()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB of memory, {system}, {versions}"
+    return f"{_cpu()}, {n_threads()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB of memory, {system}, {versions}; peers: {peers}"
 
 
 def _cpu() -> str:
@@ -119,17 +122,19 @@ def _cpu() -> str:
 def keep(part: str, section: Section, load: float) -> None:
     """Store a section with the machine and date; `load`: the machine's load average when it began."""
     SECTIONS.mkdir(parents=True, exist_ok=True)
-    about = f"Measured {date.today().isoformat()}, {ROUNDS} rounds, load average at the start {load:.1f} on {os.cpu_count()} cores."
+    about = f"Measured {date.today().isoformat()}, {section.rounds} round{'s' if section.rounds > 1 else ''}, load average at the start {load:.1f} on {os.cpu_count()} cores."
     (SECTIONS / f"{part}.json").write_text(json.dumps({**asdict(section), "measured_on": about, "machine": machine()}, indent=1))
 
 
-def write_document(parts: Iterable[str]) -> None:
+def write_document(parts: Sequence[str]) -> None:
     """docs/benchmarks.md from the sections there are, in the order of `parts`."""
     stored = [json.loads(path.read_text()) for path in (SECTIONS / f"{part}.json" for part in parts) if path.is_file()]
     sections = [(Section(entry["title"], entry["text"], [Goal(**goal) for goal in entry["goals"]]), entry) for entry in stored]
     machines = list(dict.fromkeys(entry["machine"] for entry in stored))
     goals = [goal for section, _ in sections for goal in section.goals]
     unmet = sum(not goal.met for goal in goals)
-    verdict = "All goals are met." if not unmet else f"{unmet} of {len(goals)} goals are **not** met; they are marked."
-    top = [_INTRODUCTION.format(rounds=ROUNDS), "Machine: " + "; ".join(machines) + ".\n", f"## Goals\n\n{verdict}\n\n{goals_table(goals)}\n"]
+    missing = [part for part in parts if not (SECTIONS / f"{part}.json").is_file()]
+    verdict = f"All {len(goals)} goals are met." if not unmet else f"{unmet} of {len(goals)} goals are **not** met; they are marked."
+    verdict += f" Not measured here yet: {', '.join(missing)}." if missing else ""
+    top = [_INTRODUCTION, "Machine: " + " | ".join(machines) + ".\n", f"## Goals\n\n{verdict}\n\n{goals_table(goals)}\n"]
     DOCUMENT.write_text("\n".join([*top, *(markdown(section, entry["measured_on"]) for section, entry in sections)]))

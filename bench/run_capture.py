@@ -15,9 +15,9 @@ from bench.measure import serve
 from bench.models import FOLDER
 
 
-def main(path: str, n_threads: int, ids: list[int] | None = None, text: str = "", n_tokens: int = 0, sites: list[str] | None = None, lens: bool = False,
+def main(path: str, n_threads: int, ids: list[int] | None = None, text: str = "", n_tokens: int = 0, sites: list[str] | None = None, lens: bool | None = None,
          gpu: bool = False) -> None:  # fmt: skip
-    """ids, or the first n_tokens of a text. sites None: the standard ones. n_threads reaches the engine as LAYERSCOPE_N_THREADS."""
+    """ids, or the first n_tokens of a text. sites None: the standard ones; lens None: as a capture decides. n_threads reaches the engine as LAYERSCOPE_N_THREADS."""
     model = open_model(path, device="cuda" if gpu else "cpu", n_gpu_layers="auto" if gpu else 0)
     prompt = ids if ids is not None else model.engine.tokenize(text)[:n_tokens]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from bench.measure import ROOT, Case
 from bench.models import BASE, describe, gguf_file, hf_folder, random_ids
@@ -14,8 +15,8 @@ SITES = {MAIN: RESIDUAL_AND_ATTENTION, "resid_post + attention": ["resid_post", 
 
 
 def section() -> Section:
-    random = {"ids": random_ids(N_TOKENS)}
-    real = {"text": _text(), "n_tokens": N_TOKENS}
+    random: dict[str, Any] = {"ids": random_ids(N_TOKENS)}
+    real: dict[str, Any] = {"text": _text(), "n_tokens": N_TOKENS}
     models = {
         "random, Q8_0": {"path": str(gguf_file()), **random},
         "random, PyTorch": {"path": str(hf_folder()), **random},
@@ -39,7 +40,7 @@ file: activations in float16, compressed without further loss, summaries, thumbn
 
 {table(["model", "sites", "float32", "on disk", "smaller by"], rows, text_columns=2)}
 """
-    return Section("Size of a trace", text, goals)
+    return Section("Size of a trace", text, goals, 1)
 
 
 def _text() -> str:
