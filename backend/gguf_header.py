@@ -2,7 +2,7 @@
 
 llama.cpp aborts or overruns on crafted files, and the web process lists models: so both go through this module, pure Python.
 
-    read_header(path)           -> GgufHeader: metadata, tensors (name, shape, type, place), nothing of the weights (gguf_format)
+    read_header(path)           -> GgufHeader: metadata, tensors (name, shape, type, place), nothing of the weights (gguf_format, gguf_split)
     model_info(path, header)    -> ModelInfo: sizes of the model, held against each other and against the tensors
 """
 
@@ -17,7 +17,8 @@ import numpy as np
 
 from backend.errors import LayerscopeError
 from backend.ggml_types import FILE_TYPES
-from backend.gguf_format import GgufHeader, StringArray, TensorInfo, read_header
+from backend.gguf_format import GgufHeader, StringArray, TensorInfo
+from backend.gguf_split import read_header, whole_name
 from backend.model_info import ModelInfo
 
 __all__ = ["GgufHeader", "StringArray", "TensorInfo", "model_info", "read_header"]
@@ -67,7 +68,7 @@ def model_info(path: Path, header: GgufHeader) -> ModelInfo:
     """The model's sizes from its header, each held against its range, the others and the tensors.
 
     `architecture` is the file's general.architecture: mistral and mixtral files carry "llama".
-    Raises LayerscopeError for an encoder or vision file, a part of a split file, and sizes that cannot be true.
+    Raises LayerscopeError for an encoder or vision file and for sizes that cannot be true.
     """
     path = Path(path)
     metadata, tensors = header.metadata, header.tensors
@@ -88,8 +89,8 @@ def model_info(path: Path, header: GgufHeader) -> ModelInfo:
     _check_layers(size, tensors, n_layers)
     model = str(metadata.get("tokenizer.ggml.model", ""))
     return ModelInfo(
-        name=path.stem,
-        source=str(path),
+        name=Path(whole_name(path)).stem,
+        source=str(header.files[0]),
         engine="gguf",
         architecture=architecture,
         n_layers=n_layers,
@@ -126,9 +127,6 @@ def _language_model(label: str, metadata: dict[str, Any]) -> str:
         raise LayerscopeError(f"{label} does not describe a model: general.architecture is missing.")
     if architecture in _NOT_GENERATORS:
         raise LayerscopeError(f"{label} holds {architecture!r}, which is not a decoder that predicts the next token.")
-    split = metadata.get("split.count", 1)
-    if not isinstance(split, int) or split > 1:
-        raise LayerscopeError(f"{label} is one of {str(split)[:12]} parts of a split GGUF; join them with llama-gguf-split --merge first.")
     return architecture
 
 

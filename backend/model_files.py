@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from backend.errors import LayerscopeError
+from backend.file_stamps import Stamp, stamps
+from backend.gguf_split import one_a_model, parts_of, whole_name
 from backend.model_info import ModelInfo
 from backend.settings import Settings
 
@@ -98,7 +100,7 @@ class Describer:
         self._known: dict[tuple[Any, ...], ModelInfo | str] = {}
 
     def __call__(self, path: Path) -> ModelInfo:
-        key = _fingerprint(path)
+        key = str(path), fingerprint(path)
         if key not in self._known:
             try:
                 self._known[key] = describe(path)
@@ -134,13 +136,17 @@ def describe(path: Path) -> ModelInfo:
         raise LayerscopeError(f"{path} cannot be read: {error.strerror or error}.") from None
 
 
-def _fingerprint(path: Path) -> tuple[Any, ...]:
-    """Changes whenever a header may have changed: size and time of the file, or of each file in the folder that is read."""
+def fingerprint(path: Path) -> Stamp:
+    """Changes whenever the model may have changed: stamps of its file, of every part, or of each file in its folder that is read."""
+    return stamps(_files(path))
+
+
+def _files(path: Path) -> tuple[Path, ...]:
+    """The files that a model is read from."""
     try:
-        files = sorted([*path.glob("*.json"), *path.glob("*.safetensors")]) if path.is_dir() else [path]
-        return str(path), *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-    except OSError as error:
-        return str(path), error.errno
+        return (path, *sorted([*path.glob("*.json"), *path.glob("*.safetensors")])) if path.is_dir() else parts_of(path)
+    except OSError:
+        return (path,)  # a folder that cannot be listed: its own stamp tells when that changes
 
 
 class Shelf:
@@ -205,17 +211,20 @@ class Shelf:
 
     def _folders(self) -> Iterator[ModelEntry]:
         for folder in (*self.models_dirs, self.variants_dir):
-            for path in _find_models(folder):
-                yield self._entry(path.relative_to(folder).as_posix(), path, FOLDER)
+            for path in one_a_model(_find_models(folder)):
+                yield self._entry(path.relative_to(folder).with_name(whole_name(path)).as_posix(), path, FOLDER)
 
     def _hub(self) -> Iterator[ModelEntry]:
         for repository in sorted(self.hf_cache.glob("models--*")) if self.hf_cache else ():
             name = repository.name.removeprefix("models--").replace("--", "/")
             path = _snapshot(self.hf_cache, name)
-            if path and ((path / "config.json").exists() and any(path.glob("*.safetensors"))):
+            if path is None:
+                continue
+            if (path / "config.json").exists() and any(path.glob("*.safetensors")):
                 yield self._entry(name, path, HUB)
-            for file in sorted(path.glob("*.gguf")) if path else ():
-                yield self._entry(f"{name}/{file.name}", file, HUB)
+            for file in one_a_model(_find_models(path)):
+                if file.suffix.lower() == ".gguf":  # large models lie one folder deeper, in parts
+                    yield self._entry(f"{name}/{file.relative_to(path).with_name(whole_name(file)).as_posix()}", file, HUB)
 
     def _entry(self, name: str, path: Path, origin: str) -> ModelEntry:
         kind = "gguf" if path.suffix.lower() == ".gguf" else "hf"
@@ -242,9 +251,10 @@ class Shelf:
                 self._confine(path)
             if not path.exists():
                 raise LayerscopeError(f"There is no model {source[:200]!r}: it is neither a name on the shelf nor a path.")
-            known = next((entry for entry in self.entries() if os.path.realpath(entry.path) == os.path.realpath(path)), None)
+            places = {os.path.realpath(part) for part in parts_of(path)}
+            known = next((entry for entry in self.entries() if os.path.realpath(entry.path) in places), None)
             info = self._describe(path)
-            found = known or ModelEntry(path.stem if path.is_file() else path.name, info.engine, path, FOLDER, info, None, info.n_bytes)
+            found = known or ModelEntry(Path(whole_name(path)).stem if path.is_file() else path.name, info.engine, path, FOLDER, info, None, info.n_bytes)
         if found.error:
             raise LayerscopeError(found.error)
         return found
@@ -269,9 +279,9 @@ class Shelf:
         return self.ready(self.resolve(source, confined=False))
 
     def _confine(self, path: Path) -> None:
-        """Raise LayerscopeError unless `path`, and every weights or config file in it, really lies under the roots."""
+        """Raise LayerscopeError unless `path`, and every weights or config file of it, really lies under the roots."""
         roots = [os.path.realpath(root) for root in self.roots]
-        for file in (path, *(path.glob("*.json") if path.is_dir() else ()), *(path.glob("*.safetensors") if path.is_dir() else ())):
+        for file in _files(path):
             real = os.path.realpath(file)
             if not any(real == root or real.startswith(root + os.sep) for root in roots):
                 raise LayerscopeError(f"{path.name[:200]!r} lies outside the configured model folders; add its folder to LAYERSCOPE_MODELS_DIRS to use it.")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from backend.errors import LayerscopeError
 from backend.gguf_header import StringArray, model_info, read_header
-from tests.gguf_cases import ARR, BEYOND, CASES, F32, I32, STR, U8, U32, Tensor, model_file, model_tensors
+from tests.gguf_cases import ARR, BEYOND, CASES, F32, I32, STR, U8, U16, U32, Tensor, model_file, model_tensors
 from tests.tiny_models import TinyModel
 
 
@@ -152,7 +152,7 @@ def test_a_valid_model_passes_so_the_refusals_below_are_for_what_they_change(tmp
         ({"general__architecture": (STR, "clip")}, "'clip', which is not a decoder"),
         ({"general__architecture": (STR, "nomic-bert")}, "'nomic-bert', which is not a decoder"),
         ({"general__type": (STR, "mmproj")}, "'mmproj'"),
-        ({"split__count": (U32, 3)}, "one of 3 parts of a split GGUF"),
+        ({"split__count": (U16, 3)}, "part 1 of 3 by its keys"),
         ({"llama__block_count": (U32, 0)}, "block_count is 0, outside 1"),
         ({"llama__block_count": (U32, 1 << 31)}, "2,147,483,648"),
         ({"llama__block_count": (U32, 3)}, "no tensor of layer 2"),

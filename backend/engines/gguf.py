@@ -61,7 +61,7 @@ class GgufEngine:
         self.n_ctx = min(options.n_ctx or DEFAULT_CONTEXT, info.n_ctx)
         self._context: Context | None = None
         self._unembed: NDArray[np.float32] | None = None
-        self._model = Model(path, options, editable_weights)
+        self._model = Model(header.files[0], options, editable_weights)
         try:
             self._weights = open_weights(path)
             self._vocabulary = Vocabulary(self._model)
