@@ -20,16 +20,11 @@ from backend.ggml_types import FILE_TYPES
 from backend.gguf_format import GgufHeader, StringArray, TensorInfo
 from backend.gguf_split import read_header, whole_name
 from backend.model_info import ModelInfo
+from backend.model_kinds import refuse_gguf
 
 __all__ = ["GgufHeader", "StringArray", "TensorInfo", "model_info", "read_header"]
 
 MAX_LAYERS, MAX_WIDTH, MAX_VOCAB, MAX_EXPERTS = 4096, 1 << 20, 1 << 24, 4096
-
-# What is no text generator: encoders, vision towers, vocoders. llama.cpp loads some of them; there is no next token to look at.
-_NOT_GENERATORS = frozenset((
-    "clip", "bert", "modern-bert", "nomic-bert", "nomic-bert-moe", "neo-bert", "eurobert",
-    "jina-bert-v2", "jina-bert-v3", "t5", "t5encoder", "gemma-embedding", "wavtokenizer-dec",
-))  # fmt: skip
 
 
 class _Sizes:
@@ -68,7 +63,7 @@ def model_info(path: Path, header: GgufHeader) -> ModelInfo:
     """The model's sizes from its header, each held against its range, the others and the tensors.
 
     `architecture` is the file's general.architecture: mistral and mixtral files carry "llama".
-    Raises LayerscopeError for an encoder or vision file and for sizes that cannot be true.
+    Raises LayerscopeError for what is no decoder, by name, and for sizes that cannot be true.
     """
     path = Path(path)
     metadata, tensors = header.metadata, header.tensors
@@ -119,14 +114,10 @@ def model_info(path: Path, header: GgufHeader) -> ModelInfo:
 
 def _language_model(label: str, metadata: dict[str, Any]) -> str:
     """The architecture's name, if this file is a whole model that generates text."""
+    refuse_gguf(label, metadata)
     architecture = metadata.get("general.architecture")
-    kind = metadata.get("general.type", "model")
-    if kind != "model":
-        raise LayerscopeError(f"{label} holds no model: its general.type is {str(kind)[:40]!r}.")
     if not isinstance(architecture, str) or not architecture:
         raise LayerscopeError(f"{label} does not describe a model: general.architecture is missing.")
-    if architecture in _NOT_GENERATORS:
-        raise LayerscopeError(f"{label} holds {architecture!r}, which is not a decoder that predicts the next token.")
     return architecture
 
 

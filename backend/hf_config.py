@@ -22,6 +22,7 @@ from typing import Any
 
 from backend.errors import LayerscopeError
 from backend.model_info import ModelInfo
+from backend.model_kinds import refuse_config, refuse_folder
 
 CONFIG_LIMIT = 4 << 20  # bytes of config.json, tokenizer_config.json
 INDEX_LIMIT = 64 << 20  # bytes of model.safetensors.index.json
@@ -155,14 +156,16 @@ def model_info(path: Path) -> ModelInfo:
 def check_folder(path: Path) -> Folder:
     """Read and check a model folder's headers.
 
-    Raises LayerscopeError: no folder, no config.json, remote code, pickle-only weights, an architecture without a row,
+    Raises LayerscopeError: no folder, no config.json, no decoder, remote code, pickle-only weights, an architecture without a row,
     quantised weights, or a config or header that is damaged.
     """
     if not path.is_dir():
         raise LayerscopeError(f"There is no model folder {path.name!r}.")
+    refuse_folder(path)
     if not (path / "config.json").is_file():
         raise LayerscopeError(f"The folder {path.name!r} is no model: it has no config.json.")
     config = read_json(path / "config.json", CONFIG_LIMIT)
+    refuse_config(path.name, config)
     tokenizer = read_json(path / "tokenizer_config.json", CONFIG_LIMIT) if (path / "tokenizer_config.json").is_file() else {}
     for name, data in (("config.json", config), ("tokenizer_config.json", tokenizer)):
         if data.get("auto_map") or data.get("trust_remote_code"):

@@ -292,7 +292,7 @@ _BITS_PER_WEIGHT = {"F32": 32.0, "F16": 16.0, "Q8_0": 8.5, "Q4_K_M": 6.0}
 
 
 def _find_models(folder: Path, depth: int = 0) -> Iterator[Path]:
-    """GGUF files and folders with a config.json below `folder`, in order of name. Linked folders are not followed."""
+    """GGUF files and folders with a config.json or an adapter's below `folder`, in order of name. Linked folders are not followed."""
     try:
         children = sorted(folder.iterdir())
     except OSError:
@@ -302,7 +302,7 @@ def _find_models(folder: Path, depth: int = 0) -> Iterator[Path]:
             continue
         if child.suffix.lower() == ".gguf" and not child.is_dir():
             yield child
-        elif child.is_dir() and (child / "config.json").exists():
+        elif child.is_dir() and any((child / name).exists() for name in ("config.json", "adapter_config.json")):
             yield child
         elif child.is_dir() and not child.is_symlink() and depth < MAX_DEPTH:
             yield from _find_models(child, depth + 1)

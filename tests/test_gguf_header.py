@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from backend.errors import LayerscopeError
 from backend.gguf_header import StringArray, model_info, read_header
-from tests.gguf_cases import ARR, BEYOND, CASES, F32, I32, STR, U8, U16, U32, Tensor, model_file, model_tensors
+from tests.gguf_cases import ARR, BEYOND, BOOL, CASES, F32, I32, STR, U8, U16, U32, Tensor, model_file, model_tensors
 from tests.tiny_models import TinyModel
 
 
@@ -149,9 +149,20 @@ def test_a_valid_model_passes_so_the_refusals_below_are_for_what_they_change(tmp
     [
         ({"general__architecture": None}, "general.architecture is missing"),
         ({"general__architecture": (U32, 3)}, "general.architecture is missing"),
-        ({"general__architecture": (STR, "clip")}, "'clip', which is not a decoder"),
-        ({"general__architecture": (STR, "nomic-bert")}, "'nomic-bert', which is not a decoder"),
-        ({"general__type": (STR, "mmproj")}, "'mmproj'"),
+        ({"general__architecture": (STR, "clip")}, "'clip', a vision or audio tower (mmproj); Layerscope runs decoders"),
+        ({"general__architecture": (STR, "nomic-bert")}, "'nomic-bert', a text encoder; Layerscope runs decoders"),
+        ({"general__type": (STR, "mmproj")}, "holds a vision or audio tower (mmproj), and no model"),
+        ({"general__type": (STR, "imatrix")}, "holds an importance matrix for quantizing, and no model"),
+        ({"general__type": (STR, "song")}, "holds something of the type 'song', and no model"),
+        ({"general__type": (STR, "adapter")}, "holds a LoRA adapter, and no model"),
+        ({"adapter__type": (STR, "lora"), "general__base_model__0__name": (STR, "Llama 3")}, "holds a LoRA adapter of Llama 3, and no model"),
+        ({"general__architecture": (STR, "dream")}, "'dream', a diffusion language model"),
+        ({"general__architecture": (STR, "eagle3")}, "'eagle3', a draft model"),
+        ({"general__architecture": (STR, "gemma-embedding")}, "'gemma-embedding', an embedding model"),
+        ({"general__architecture": (STR, "t5")}, "'t5', an encoder-decoder"),
+        ({"general__architecture": (STR, "wavtokenizer-dec")}, "'wavtokenizer-dec', a vocoder"),
+        ({"llama__attention__causal": (BOOL, False)}, "llama.attention.causal is false"),
+        ({"llama__pooling_type": (U32, 3)}, "an embedding model (llama.pooling_type is 3)"),
         ({"split__count": (U16, 3)}, "part 1 of 3 by its keys"),
         ({"llama__block_count": (U32, 0)}, "block_count is 0, outside 1"),
         ({"llama__block_count": (U32, 1 << 31)}, "2,147,483,648"),
