@@ -24,7 +24,21 @@ from backend.model_kinds import refuse_gguf
 
 __all__ = ["GgufHeader", "StringArray", "TensorInfo", "model_info", "read_header"]
 
-MAX_LAYERS, MAX_WIDTH, MAX_VOCAB, MAX_EXPERTS = 4096, 1 << 20, 1 << 24, 4096
+MAX_LAYERS, MAX_EXPERTS = 512, 1024  # llama.cpp's own (llama-hparams.h)
+MAX_WIDTH, MAX_VOCAB = 1 << 20, 1 << 24
+
+# Architectures whose graph takes for granted (GGML_ASSERT in src/models of llama.cpp 0.3.36, which ends the process) that keys and values
+# are equally wide; in the first group RoPE also turns all of a head. Their projections are n_heads heads of that width and nothing else.
+_ROTARY_IS_WHOLE = frozenset((
+    "apertus", "arcee", "arctic", "baichuan", "chameleon", "codeshell", "cohere2moe", "dbrx", "deepseek", "dots1", "ernie4_5", "ernie4_5-moe",
+    "exaone", "exaone4", "exaone-moe", "falcon", "granite", "grok", "grovemoe", "hunyuan-moe", "internlm2", "jais2", "llama", "llama4", "maincoder",
+    "mellum", "minimax-m2", "mistral3", "nemotron", "olmo", "olmo2", "olmoe", "orion", "pangu-embedded", "plamo", "qwen2", "qwen2moe", "qwen3",
+    "qwen3moe", "seed_oss", "smallthinker", "smollm3", "starcoder2", "xverse",
+))  # fmt: skip
+_HEADS_ARE_PLAIN = _ROTARY_IS_WHOLE | frozenset((
+    "bloom", "chatglm", "cohere2", "command-r", "glm4", "gpt2", "gptneox", "jais", "mpt", "phi2", "phi3", "qwen", "refact", "stablelm", "starcoder",
+))  # fmt: skip
+_ROPE_SCALING = ("none", "linear", "yarn", "longrope")
 
 
 class _Sizes:
@@ -40,10 +54,8 @@ class _Sizes:
         """`key` without the architecture's prefix. A list with one value for each layer counts if all its values are the same."""
         full = key if "." in key and key.split(".")[0] == "tokenizer" else f"{self.prefix}.{key}"
         value = self.metadata.get(full, default)
-        if isinstance(value, np.ndarray):
-            if value.size == 0 or (value != value[0]).any():
-                self.refuse(f"{full} differs between layers, which is not supported")
-            value = value[0].item()
+        if isinstance(value, np.ndarray | StringArray):
+            value = self._same_in_every_layer(full, value)
         if value is None:
             self.refuse(f"{full} is missing")
         if not isinstance(value, int) or isinstance(value, bool):
@@ -51,6 +63,14 @@ class _Sizes:
         if not low <= value <= high:
             self.refuse(f"{full} is {value:,}, outside {low:,} to {high:,}")
         return value
+
+    def _same_in_every_layer(self, key: str, values: np.ndarray[Any, Any] | StringArray) -> Any:
+        if not isinstance(values, np.ndarray) or len(values) == 0:
+            self.refuse(f"{key} is a list of {len(values)} {'numbers' if isinstance(values, np.ndarray) else 'texts'}, not a whole number")
+        other = int((values != values[0]).argmax())
+        if values[other] != values[0]:
+            self.refuse(f"{key} differs between layers ({values[0]} in layer 0, {values[other]} in layer {other}), which is not supported")
+        return values[0].item()
 
     def real(self, key: str, default: float) -> float:
         value = self.metadata.get(f"{self.prefix}.{key}", default)
@@ -80,6 +100,8 @@ def model_info(path: Path, header: GgufHeader) -> ModelInfo:
     d_head = size.integer("attention.key_length", 1, MAX_WIDTH, d_model // n_heads)
     n_experts = size.integer("expert_count", 0, MAX_EXPERTS, 0)
     d_mlp = size.integer("feed_forward_length", 1, MAX_WIDTH, 4 * d_model)
+    _check_heads(size, tensors, n_heads, n_kv_heads, d_head)
+    _check_experts(size, n_experts)
     d_vocab = _vocabulary_size(size, tensors, d_model)
     _check_layers(size, tensors, n_layers)
     model = str(metadata.get("tokenizer.ggml.model", ""))
@@ -141,7 +163,53 @@ def _vocabulary_size(size: _Sizes, tensors: dict[str, TensorInfo], d_model: int)
             size.refuse(f"tokenizer.ggml.{key} has the wrong type")
         if len(values) != d_vocab:
             size.refuse(f"tokenizer.ggml.{key} has {len(values):,} entries, and the embedding has {d_vocab:,} rows")
+    _check_tokens_differ(size)
     return d_vocab
+
+
+def _check_tokens_differ(size: _Sizes) -> None:
+    """No two tokens have one spelling: llama.cpp takes that for granted."""
+    words = size.metadata.get("tokenizer.ggml.tokens")
+    if words is None or len(set(words.raw)) == len(words):
+        return
+    first: dict[bytes, int] = {}
+    for number, word in enumerate(words.raw):
+        if word and first.setdefault(word, number) != number:  # empty ones get names of their own
+            size.refuse(f"tokens {first[word]} and {number} of tokenizer.ggml.tokens are both {words[number][:40]!r}")
+
+
+def _check_heads(size: _Sizes, tensors: dict[str, TensorInfo], n_heads: int, n_kv_heads: int, d_head: int) -> None:
+    """Widths of heads and rotation that llama.cpp takes for granted, and the first layer's projections held against them."""
+    rotated = d_head
+    if f"{size.prefix}.rope.dimension_count" in size.metadata:
+        rotated = size.integer("rope.dimension_count", 2, max(d_head, 2))
+        if rotated % 2:
+            size.refuse(f"{size.prefix}.rope.dimension_count is {rotated}, and RoPE turns pairs")
+    scaling = size.metadata.get(f"{size.prefix}.rope.scaling.type", "none")
+    if not isinstance(scaling, str) or scaling not in _ROPE_SCALING:
+        size.refuse(f"{size.prefix}.rope.scaling.type is {str(scaling)[:40]!r}, and {', '.join(_ROPE_SCALING)} are known")
+    d_value = size.integer("attention.value_length", 1, MAX_WIDTH, d_head)
+    if size.prefix not in _HEADS_ARE_PLAIN:
+        return
+    if d_value != d_head:
+        size.refuse(f"heads have {d_head} columns for keys and {d_value} for values, which {size.prefix} models cannot have")
+    if size.prefix in _ROTARY_IS_WHOLE and rotated != d_head:
+        size.refuse(f"{size.prefix}.rope.dimension_count is {rotated}, and {size.prefix} models turn all {d_head} columns of a head")
+    q, kv = n_heads * d_head, n_kv_heads * d_head
+    for name, rows in (("attn_q", q), ("attn_k", kv), ("attn_v", kv), ("attn_qkv", q + 2 * kv)):
+        tensor = tensors.get(f"blk.0.{name}.weight")
+        if tensor and tensor.shape[0] != rows:
+            size.refuse(f"blk.0.{name}.weight has {tensor.shape[0]:,} rows, and {n_heads} heads with {n_kv_heads} key/value heads of {d_head} columns need {rows:,}")
+
+
+def _check_experts(size: _Sizes, n_experts: int) -> None:
+    """Counts of experts and groups that llama.cpp takes for granted."""
+    size.integer("expert_used_count", 1 if n_experts else 0, n_experts, None if n_experts else 0)
+    groups = size.integer("expert_group_count", 0, max(n_experts - 1, 0), 0)
+    if groups > 1 and n_experts % groups:
+        size.refuse(f"{n_experts} experts cannot be divided among {groups} groups")
+    if groups > 1:
+        size.integer("expert_group_used_count", 1, groups - 1)
 
 
 def _check_layers(size: _Sizes, tensors: dict[str, TensorInfo], n_layers: int) -> None:

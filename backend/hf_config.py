@@ -23,6 +23,7 @@ from typing import Any
 from backend.errors import LayerscopeError
 from backend.model_info import ModelInfo
 from backend.model_kinds import refuse_config, refuse_folder
+from backend.weight_names import HF_NAMES
 
 CONFIG_LIMIT = 4 << 20  # bytes of config.json, tokenizer_config.json
 INDEX_LIMIT = 64 << 20  # bytes of model.safetensors.index.json
@@ -127,7 +128,7 @@ def model_info(path: Path) -> ModelInfo:
     """
     folder = check_folder(path)
     sizes = _sizes(folder.config, folder.keys, path.name)
-    _check_embedding(folder, sizes)
+    _check_shapes(folder, sizes)
     entries = folder.tensors.values()
     elements = Counter[str]()
     for entry in entries:
@@ -332,7 +333,26 @@ def _token_id(value: Any) -> int | None:
     return value if type(value) is int and value >= 0 else None
 
 
-def _check_embedding(folder: Folder, sizes: Mapping[str, int]) -> None:
-    entry, want = folder.tensors.get(folder.keys.embed), (sizes["d_vocab"], sizes["d_model"])
-    if entry is not None and entry.shape != want:
-        raise LayerscopeError(f"{folder.path.name}: {folder.keys.embed} has shape {list(entry.shape)}, but config.json says {list(want)}.")
+def _check_shapes(folder: Folder, sizes: Mapping[str, int]) -> None:
+    """Hold the layers and the matrices at both ends and of the first layer's heads against the sizes, before memory is taken for them.
+
+    What else does not fit, transformers reports when it loads the weights.
+    """
+    name, tensors, d_model = folder.path.name, folder.tensors, sizes["d_model"]
+    present = {next((part for part in tensor.split(".") if part.isdecimal()), "") for tensor in tensors} - {""}
+    absent = set(range(sizes["n_layers"])) - {int(layer) for layer in present}
+    if present and absent:
+        raise LayerscopeError(f"{name} does not fit its config.json: {folder.keys.n_layers} = {sizes['n_layers']}, and the tensors of layer {min(absent)} are missing.")
+    q, kv = sizes["n_heads"] * sizes["d_head"], sizes["n_kv_heads"] * sizes["d_head"]
+    names = {"embed.W_E": folder.keys.embed} | dict(HF_NAMES.get(folder.config["model_type"], {}))
+    shapes = {"embed.W_E": (sizes["d_vocab"], d_model), "unembed.W_U": (sizes["d_vocab"], d_model)}
+    shapes |= {f"blocks.{{}}.attn.W_{x}": (rows, d_model) for x, rows in (("Q", q), ("K", kv), ("V", kv))} | {"blocks.{}.attn.W_O": (d_model, q)}
+    for canonical, want in shapes.items():
+        stored = names.get(canonical)
+        if not isinstance(stored, str):
+            continue  # a part of a fused or transposed matrix
+        stored = stored.replace("{}", "0")
+        # A checkpoint that was saved without its output matrix leaves out the first part of every name.
+        entry = tensors.get(stored) or tensors.get(stored.partition(".")[2])
+        if entry is not None and entry.shape != want:
+            raise LayerscopeError(f"{name}: {stored} has shape {list(entry.shape)}, but config.json says {list(want)}.")

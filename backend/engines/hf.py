@@ -212,7 +212,7 @@ def _load(path: Path, device: torch.device, dtype: torch.dtype | str) -> Any:
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=NAME, experts_implementation="eager", use_safetensors=True, local_files_only=True,
-            trust_remote_code=False, output_loading_info=True,
+            trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,  # reported, and refused below by name
         )  # fmt: skip
     except Exception as error:  # transformers and safetensors raise what they like on a damaged folder; the cause is kept
         raise LayerscopeError(f"{path.name} cannot be loaded: {first_line(error)}.") from error
@@ -220,7 +220,7 @@ def _load(path: Path, device: torch.device, dtype: torch.dtype | str) -> Any:
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[what]:
             names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report[what])
-            raise LayerscopeError(f"{path.name} does not fit its config.json: {len(names)} {what.removesuffix('_keys')} tensors, the first {names[0]}.")
+            raise LayerscopeError(f"{path.name} does not fit its config.json: {len(names)} {what.removesuffix('_keys')} tensor{'s' * (len(names) > 1)}, the first {names[0]}.")
     return model.to(device).eval()
 
 
