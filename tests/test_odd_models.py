@@ -4,16 +4,33 @@ by name in one sentence, and what is merely unusual runs, in both engines."""
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 
+from backend.engines import Engine, OpenOptions, Request
+from backend.engines.gguf import GgufEngine
+from backend.engines.hf import HfEngine
 from backend.errors import LayerscopeError
+from backend.experiments.capture import CaptureSpec, capture
+from backend.gguf_format import read_file
 from backend.model_files import Shelf, describe
 from backend.model_kinds import GGUF_KINDS, HF_KINDS, refuse_config
-from tests.gguf_cases import STR, model_file
+from backend.trace import open_trace
+from backend.weights import open_weights
+from tests.gguf_cases import ARR, STR, Tensor, model_file, model_tensors
+from tests.test_engines_agree import NMSE, nmse
+from tests.test_hf_engine import capture as values_of
 from tests.test_library import save_header_only
+from tests.test_split_gguf import part_file
+from tests.tiny_models import TinyModel, save_tiny
+
+OPTIONS = OpenOptions(device="cpu", n_gpu_layers=0, kv_cache="f32", n_threads=1)
 
 
 def refused(path: Path, sentence: str) -> None:
@@ -95,3 +112,138 @@ def test_a_bert_that_was_made_a_decoder_is_not_called_an_encoder() -> None:
     refuse_config("it", {"model_type": "bert", "architectures": ["BertLMHeadModel"], "is_decoder": True})
     with pytest.raises(LayerscopeError, match="a text encoder"):
         refuse_config("it", {"model_type": "bert", "architectures": ["BertModel"]})
+
+
+# Vocabularies and embeddings of different sizes
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gemma2"])
+def test_a_padded_vocabulary_runs_in_both_engines_and_its_unused_ids_have_readable_texts(kind: str, tmp_path: Path) -> None:
+    """Embeddings are often padded to a round number of rows: qwen2 has 151,936 for 151,665 tokens."""
+    tiny = save_tiny(kind, tmp_path / kind, vocab_size=352)
+    ids = [0, 290, 351, 330, 31, 7]
+    engines = HfEngine(tiny.hf, OPTIONS), GgufEngine(tiny.gguf, OPTIONS)
+    hf, llama = (values_of(engine, ids) for engine in engines)
+    assert hf["logits", None].shape == (6, 352)
+    assert {key: error for key in hf if (error := nmse(llama[key], hf[key])) > NMSE} == {}
+    assert engines[0].token_texts(ids[2:4]) == ["[351]", "[330]"] and engines[1].token_texts(ids[2:4]) == ["[unused351]", "[unused330]"]
+    for engine in engines:
+        assert engine.info.d_vocab == 352
+        with open_trace(capture(engine, CaptureSpec(token_ids=tuple(ids), max_new_tokens=2), tmp_path / "traces")) as trace:
+            assert "330" in trace.token_texts[3] and all(trace.token_text(token).strip("‹›") for token in trace.top_ids.ravel())
+            assert all(check["ok"] for check in trace.integrity.values())
+        with pytest.raises(LayerscopeError, match="Token id 352 is outside the vocabulary of 352"):
+            engine.run([0, 352], Request(("logits",)), lambda piece: None)
+        engine.close()
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused_and_added_words_alone_are_not(tmp_path: Path) -> None:
+    """Words added without rows for them are common (gemma3 1B has one): text that reaches one is refused, other text runs."""
+    small = save_tiny("llama", tmp_path / "small", vocab_size=280)
+    n_words = len(json.loads((small.hf / "tokenizer.json").read_text())["model"]["vocab"])
+    with pytest.raises(LayerscopeError, match=rf"The tokenizer of small has {n_words} tokens, and the embedding has 280 rows"):
+        HfEngine(small.hf, OPTIONS)
+    added = save_tiny("llama", tmp_path / "added", vocab_size=n_words)
+    tokenizer = json.loads((added.hf / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": n_words, "content": "<image>", "special": False})
+    (added.hf / "tokenizer.json").write_text(json.dumps(tokenizer))
+    engine = HfEngine(added.hf, OPTIONS)
+    assert engine.tokenize("a <image>")[-1] == n_words and engine.token_texts([n_words]) == ["<image>"]
+    with pytest.raises(LayerscopeError, match=f"Token id {n_words} is outside the vocabulary of {n_words}"):
+        capture(engine, CaptureSpec(prompt="a <image>"), tmp_path / "traces")
+    assert capture(engine, CaptureSpec(prompt="a b"), tmp_path / "traces").exists()
+    engine.close()
+
+
+@pytest.mark.parametrize("n_words", [319, 321])
+def test_a_gguf_tokenizer_of_another_size_than_the_embedding_is_refused(tiny_llama: TinyModel, tmp_path: Path, n_words: int) -> None:
+    words = [f"t{i}" for i in range(n_words)]
+    path = tmp_path / "words.gguf"
+    tensors = [Tensor("token_embd.weight", (8, 320)), *model_tensors()[1:]]
+    path.write_bytes(model_file(tensors, tokenizer__ggml__tokens=(ARR, (STR, words)), tokenizer__ggml__token_type=None))
+    refused(path, f"tokens has {n_words} entries, and the embedding has 320 rows")
+
+
+@pytest.mark.parametrize(("tensor", "rows"), [("model.embed_tokens.weight", 352), ("lm_head.weight", 300)])
+def test_a_matrix_of_another_number_of_rows_than_vocab_size_is_refused_by_name(tiny_llama: TinyModel, tmp_path: Path, tensor: str, rows: int) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    folder = Path(shutil.copytree(tiny_llama.hf, tmp_path / "odd"))
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, tensor: np.zeros((rows, 64), np.float32)}, folder / "model.safetensors")
+    refused(folder, rf"odd: {tensor} has shape \[{rows}, 64\], but config.json says \[320, 64\]")
+
+
+# Output matrices that are tied, stored twice, or missing
+
+
+def without_output(folder: Path, out: Path, keep: bool = False, same: bool = False, **config: object) -> Path:
+    """A copy of a folder whose output matrix is left out (or, with `same`, is the embedding again); a config value None leaves the key out."""
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(folder, out)
+    tensors = load_file(out / "model.safetensors")
+    if same:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    elif not keep:
+        tensors.pop("lm_head.weight", None)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    data = {**json.loads((out / "config.json").read_text()), **config}
+    (out / "config.json").write_text(json.dumps({key: value for key, value in data.items() if value is not None}))
+    return out
+
+
+def check_unembedding(engine: Engine, source: Path, tied: bool, folder: Path) -> None:
+    """Engine, files, unembed and the integrity report agree on which matrix is W_U."""
+    weights = open_weights(source)
+    assert np.array_equal(engine.weight("unembed.W_U"), weights["unembed.W_U"])
+    assert np.array_equal(weights["unembed.W_U"], weights["embed.W_E"]) is tied
+    with open_trace(capture(engine, CaptureSpec(token_ids=(0, 290, 284, 280), sites=("resid_post", "logits")), folder)) as trace:
+        assert trace.integrity["unembed"]["checked"] and trace.integrity["unembed"]["ok"], trace.integrity["unembed"]
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "tied"),
+    [
+        ("llama", {"tie_word_embeddings": True}, True),
+        ("llama", {"tie_word_embeddings": True, "same": True}, True),
+        ("llama", {"tie_word_embeddings": False, "same": True}, True),  # two matrices that happen to be equal
+        ("llama", {"tie_word_embeddings": True, "keep": True}, False),  # the config says tied, the file holds another matrix: transformers takes it
+        ("llama", {"tie_word_embeddings": None, "keep": True}, False),
+        ("gemma2", {"tie_word_embeddings": True}, True),
+        ("gemma2", {"tie_word_embeddings": None}, True),
+        ("gemma2", {"tie_word_embeddings": None, "same": True}, True),
+        ("starcoder2", {"tie_word_embeddings": None}, True),
+    ],
+)
+def test_the_output_matrix_is_the_one_that_transformers_takes(
+    tiny_model: Callable[[str], TinyModel], tmp_path: Path, kind: str, changes: dict[str, Any], tied: bool
+) -> None:
+    folder = without_output(tiny_model(kind).hf, tmp_path / "odd", **changes)
+    check_unembedding(HfEngine(folder, OPTIONS), folder, tied, tmp_path / "traces")
+
+
+@pytest.mark.parametrize(("kind", "tie"), [("llama", False), ("llama", None), ("gemma2", False), ("qwen3_moe", False)])
+def test_an_output_matrix_that_is_neither_stored_nor_tied_is_refused_by_name(
+    tiny_model: Callable[[str], TinyModel], tmp_path: Path, kind: str, tie: bool | None
+) -> None:
+    folder = without_output(tiny_model(kind).hf, tmp_path / "odd", tie_word_embeddings=tie)
+    with pytest.raises(LayerscopeError, match=r"odd does not fit its config.json: 1 missing tensor, the first lm_head.weight"):
+        HfEngine(folder, OPTIONS)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "smollm3", "olmo2", "gemma2", "phi3", "gpt2", "starcoder2", "granite"])
+def test_a_gguf_file_without_an_output_matrix_takes_the_embedding_as_llama_cpp_does_or_says_that_it_is_missing(
+    tiny_model: Callable[[str], TinyModel], tmp_path: Path, kind: str
+) -> None:
+    source = tiny_model(kind).gguf
+    names = [name for name in read_file(source).tensors if name != "output.weight"]
+    path = tmp_path / "tied.gguf"
+    path.write_bytes(part_file(source, names, 0, 1, len(names)))
+    try:
+        engine = GgufEngine(path, OPTIONS)
+    except LayerscopeError as refusal:
+        assert "output.weight" in str(refusal)
+        return
+    check_unembedding(engine, path, True, tmp_path / "traces")

@@ -46,6 +46,8 @@ class HfEngine:
 
         info = model_info(path)
         self._tokenizer = HfTokenizer(path)
+        if self._tokenizer.size > info.d_vocab:
+            raise LayerscopeError(f"The tokenizer of {path.name} has {self._tokenizer.size:,} tokens, and the embedding has {info.d_vocab:,} rows.")
         self.device = _device(options.device)
         if options.n_threads:
             torch.set_num_threads(options.n_threads)

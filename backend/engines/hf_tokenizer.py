@@ -29,6 +29,11 @@ class HfTokenizer:
             self._tokenizer = _load(folder)
 
     @property
+    def size(self) -> int:
+        """Tokens of the vocabulary itself: words that were added later may lie beyond an embedding that was never enlarged for them."""
+        return self._tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False) if self._tokenizer else 0
+
+    @property
     def bos_id(self) -> int | None:
         return self._tokenizer.bos_token_id if self._tokenizer else None
 
