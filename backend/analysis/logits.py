@@ -2,6 +2,9 @@
 
 Everything takes logits (pos, d_vocab) in any float type, works in float64 and goes through the vocabulary a few rows at a time,
 so a matrix of 128,000 columns costs no second copy of itself. Natural logarithms throughout.
+
+Broken models give NaN: a row that holds NaN or +inf has no distribution, so its log-probabilities and entropy are NaN and its tokens have
+no rank (-1). Its best tokens are still the largest numbers, NaN last, so that every row names as many.
 """
 
 from __future__ import annotations
@@ -26,14 +29,16 @@ def logsumexp(logits: NDArray[np.floating]) -> NDArray[np.float64]:
     for rows in row_blocks(*logits.shape):
         block = np.asarray(logits[rows], np.float64)
         top = block.max(axis=-1)
-        out[rows] = top + np.log(np.exp(block - top[:, None]).sum(axis=-1))
+        with np.errstate(invalid="ignore"):
+            out[rows] = top + np.log(np.exp(block - top[:, None]).sum(axis=-1))
     return out
 
 
 def log_softmax(logits: NDArray[np.floating]) -> NDArray[np.float64]:
     """Log-probabilities, (pos, d_vocab) float64: as large as the vocabulary, so call it on a block of rows."""
     block = np.asarray(logits, np.float64)
-    shifted = block - block.max(axis=-1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        shifted = block - block.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
@@ -47,6 +52,8 @@ def top_k(logits: NDArray[np.floating], k: int) -> tuple[NDArray[np.int32], NDAr
     ids = np.empty((n_rows, k), np.int32)
     for i in range(n_rows):
         row = np.asarray(logits[i])
+        if (missing := np.isnan(row)).any():
+            row = np.where(missing, -np.inf, row)
         threshold = np.partition(row, n_vocab - k)[n_vocab - k]
         candidates = np.flatnonzero(row >= threshold)  # ids ascend, so a stable sort breaks ties by id
         ids[i] = candidates[np.argsort(-row[candidates], kind="stable")[:k]]
@@ -76,7 +83,7 @@ def next_token_logprobs(logits: NDArray[np.floating], ids: ArrayLike) -> NDArray
 
 
 def rank_of(logits: NDArray[np.floating], ids: ArrayLike) -> NDArray[np.int32]:
-    """How many tokens stand before the given one: 0 for the best. Equal logits stand in the order of their ids, as in `top_k`.
+    """How many tokens stand before the given one: 0 for the best, -1 in a row that holds NaN. Equal logits stand in the order of their ids, as in `top_k`.
 
     logits: (pos, d_vocab); ids: (pos,) one token per row, or one id for all rows. Returns (pos,) int32.
     """
@@ -87,5 +94,5 @@ def rank_of(logits: NDArray[np.floating], ids: ArrayLike) -> NDArray[np.int32]:
         block, column = np.asarray(logits[rows]), wanted[rows, None]
         value = np.take_along_axis(block, column, axis=-1)
         before = (block > value) | ((block == value) & (columns < column))
-        out[rows] = before.sum(axis=-1)
+        out[rows] = np.where(np.isnan(block).any(axis=-1), -1, before.sum(axis=-1))
     return out

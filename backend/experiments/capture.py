@@ -77,7 +77,9 @@ def capture(engine: Engine, spec: CaptureSpec, folder: Path, *, progress: Progre
         ids = prompt_ids + engine.generate(prompt_ids, spec.max_new_tokens, spec.sampling, count, edits, should_stop)
         timings["generate_s"] = time.perf_counter() - started
     _check_disk(engine, request, len(ids), folder, spec.precision)
-    with TraceWriter(folder, engine.info, len(ids), spec.precision, trace_id) as writer, _LogitStore(len(ids), engine.info.d_vocab, folder) as logits:
+    # Broken weights give NaN and infinities: the integrity report names them, so NumPy need not warn of each.
+    quiet = np.errstate(invalid="ignore", over="ignore")
+    with quiet, TraceWriter(folder, engine.info, len(ids), spec.precision, trace_id) as writer, _LogitStore(len(ids), engine.info.d_vocab, folder) as logits:
         run = _Run(engine, edits, ids, writer, logits, progress, keep_logits="logits" in request.sites)
         mark = time.perf_counter()
         engine.run(ids, Request((*request.sites, "logits"), request.layers), run.sink, edits, should_stop)
