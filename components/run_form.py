@@ -14,6 +14,7 @@ from dash import dcc, html
 
 from backend.errors import LayerscopeError
 from backend.estimate import Estimate, estimate, rough_tokens
+from backend.prompt_text import check_label, prompt_bytes
 from backend.sites import ALL_SITES, SITES, STANDARD_SITES, parse_layers, resolve_sites
 from components.controls import field
 from components.icons import icon
@@ -51,6 +52,9 @@ class RunRequest:
             raise LayerscopeError("The prompt is empty; it needs at least one character.")
         if len(prompt) > MAX_PROMPT_CHARACTERS:
             raise LayerscopeError(f"The prompt has {len(prompt):,} characters, and the limit is {MAX_PROMPT_CHARACTERS:,}.")
+        prompt_bytes(prompt)
+        category = (values.get("category") or "").strip()[:80]
+        check_label(category, "The category")
         return cls(
             model=values["model"],
             prompt=prompt,
@@ -58,7 +62,7 @@ class RunRequest:
             sites=_sites(values.get("preset"), values.get("sites") or ()),
             layers=parse_layers(values.get("layers")),
             precision="float32" if values.get("precision") == "float32" else "float16",
-            category=(values.get("category") or "").strip()[:80],
+            category=category,
             temperature=_number(values.get("temperature"), "Temperature", 0, 10),
             seed=int(_number(values.get("seed"), "Seed", 0, 2**31 - 1)),
         )

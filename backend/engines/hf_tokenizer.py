@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from backend.errors import LayerscopeError
+from backend.prompt_text import prompt_bytes
 
 
 def first_line(error: Exception) -> str:
@@ -49,6 +50,7 @@ class HfTokenizer:
         """Ids of `text`; what looks like a special token in it is plain text. add_bos None: what the tokenizer does by itself."""
         if self._tokenizer is None:
             raise LayerscopeError(f"{self.folder.name} has no tokenizer.json, so it takes token ids only, not text.")
+        prompt_bytes(text)
         ids: list[int] = self._tokenizer(text, add_special_tokens=add_bos is None, split_special_tokens=True)["input_ids"]
         if add_bos:
             if self.bos_id is None:

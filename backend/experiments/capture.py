@@ -26,6 +26,7 @@ from backend.errors import LayerscopeError
 from backend.experiments import Context, Progress, no_progress
 from backend.experiments.logit_lens import AUTO_BUDGET, compute_lens, cost, lens_rows
 from backend.intervention import Intervention, edits_by_place
+from backend.prompt_text import check_label
 from backend.sites import ALL_SITES, SITES, STANDARD_SITES, resolve_sites
 from backend.trace_writer import TraceWriter
 
@@ -59,6 +60,9 @@ def capture(engine: Engine, spec: CaptureSpec, folder: Path, *, progress: Progre
     Raises LayerscopeError for anything the user can mend (nothing is left on disk), Cancelled when should_stop() says so.
     """
     started = time.perf_counter()
+    check_label(spec.category, "The category")
+    for tag in spec.tags:
+        check_label(tag, "A tag")
     prompt_ids = list(spec.token_ids) if spec.token_ids is not None else _tokenize(engine, spec.prompt)
     request = _request(engine, spec)
     timings: dict[str, float] = {}
