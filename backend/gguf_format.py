@@ -21,6 +21,7 @@ import numpy as np
 
 from backend.errors import LayerscopeError
 from backend.ggml_types import GGML_TYPES
+from backend.stand_ins import SHOWN_BYTES, stand_in
 
 MAX_KEYS = 65_536
 MAX_TENSORS = 1_000_000
@@ -129,6 +130,10 @@ def read_file(path: Path) -> GgufHeader:
 
 
 def _parse(reader: _Reader) -> GgufHeader:
+    first = reader.file.read(SHOWN_BYTES)
+    reader.file.seek(0)
+    if not first.startswith(b"GGUF") and (instead := stand_in(first)):
+        reader.refuse(f"it is {instead}")
     if (magic := reader.take(4, "the magic")) != b"GGUF":
         reader.refuse(f"it begins with {magic!r}, not with b'GGUF'")
     version = reader.number("<I", "the version")

@@ -23,6 +23,7 @@ from typing import Any
 from backend.errors import LayerscopeError
 from backend.model_info import ModelInfo
 from backend.model_kinds import refuse_config, refuse_folder
+from backend.stand_ins import SHOWN_BYTES, stand_in
 from backend.weight_names import HF_NAMES
 
 CONFIG_LIMIT = 4 << 20  # bytes of config.json, tokenizer_config.json
@@ -211,6 +212,9 @@ def safetensors_header(path: Path) -> dict[str, TensorEntry]:
     """
     size = path.stat().st_size
     with path.open("rb") as file:
+        if instead := stand_in(file.read(SHOWN_BYTES)):
+            raise LayerscopeError(f"{path.name} of {path.parent.name} is no safetensors file: it is {instead}.")
+        file.seek(0)
         prefix = file.read(8)
         if len(prefix) < 8:
             raise LayerscopeError(f"{path.name} is truncated: it has {size} bytes, fewer than the 8 of a safetensors prefix.")
@@ -238,6 +242,8 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise LayerscopeError(f"{path.name} of {path.parent.name} has more than the {limit:,} bytes allowed.")
+    if not data.lstrip().startswith(b"{") and (instead := stand_in(data[:SHOWN_BYTES])):
+        raise LayerscopeError(f"{path.name} of {path.parent.name} is no valid JSON: it is {instead}.")
     return parse_json(data, f"{path.name} of {path.parent.name}")
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from backend.engines import engine_for
 from backend.errors import LayerscopeError
 from backend.file_stamps import Stamp, stamps
 from backend.gguf_split import one_a_model, parts_of, whole_name
@@ -121,6 +122,8 @@ def describe(path: Path) -> ModelInfo:
             from backend import hf_config
 
             return hf_config.model_info(path)
+        if not path.exists() and path.is_symlink():
+            raise LayerscopeError(f"{path.name} is a symbolic link that leads nowhere.")
         if not path.exists():
             raise LayerscopeError(f"There is no model file or folder at {path}.")
         if path.suffix.lower() in _PICKLES:
@@ -133,7 +136,7 @@ def describe(path: Path) -> ModelInfo:
 
         return gguf_header.model_info(path, gguf_header.read_header(path))
     except OSError as error:
-        raise LayerscopeError(f"{path} cannot be read: {error.strerror or error}.") from None
+        raise LayerscopeError(f"{error.filename or path} cannot be read: {error.strerror or error}.") from None
 
 
 def fingerprint(path: Path) -> Stamp:
@@ -220,14 +223,14 @@ class Shelf:
             path = _snapshot(self.hf_cache, name)
             if path is None:
                 continue
-            if (path / "config.json").exists() and any(path.glob("*.safetensors")):
+            if _holds_one_of(path, ("config.json",)) and any(path.glob("*.safetensors")):
                 yield self._entry(name, path, HUB)
             for file in one_a_model(_find_models(path)):
                 if file.suffix.lower() == ".gguf":  # large models lie one folder deeper, in parts
                     yield self._entry(f"{name}/{file.relative_to(path).with_name(whole_name(file)).as_posix()}", file, HUB)
 
     def _entry(self, name: str, path: Path, origin: str) -> ModelEntry:
-        kind = "gguf" if path.suffix.lower() == ".gguf" else "hf"
+        kind = engine_for(path)
         try:
             self._confine(path)
             info = self._describe(path)
@@ -302,10 +305,18 @@ def _find_models(folder: Path, depth: int = 0) -> Iterator[Path]:
             continue
         if child.suffix.lower() == ".gguf" and not child.is_dir():
             yield child
-        elif child.is_dir() and any((child / name).exists() for name in ("config.json", "adapter_config.json")):
+        elif child.is_dir() and _holds_one_of(child, ("config.json", "adapter_config.json")):
             yield child
         elif child.is_dir() and not child.is_symlink() and depth < MAX_DEPTH:
             yield from _find_models(child, depth + 1)
+
+
+def _holds_one_of(folder: Path, names: Iterable[str]) -> bool:
+    """False too for a folder that may not be looked into: it is passed over, and hides no other."""
+    try:
+        return any((folder / name).exists() for name in names)
+    except OSError:
+        return False
 
 
 def _snapshot(hf_cache: Path | None, hub_id: str) -> Path | None:

@@ -20,7 +20,7 @@ from tests.test_engines_agree import KINDS
 from tests.test_hf_engine import capture as values_of
 from tests.tiny_models import TinyModel
 
-OPTIONS = OpenOptions(device="cpu", n_gpu_layers=0, kv_cache="f32", n_threads=1)
+OPTIONS = OpenOptions(device="cpu", n_gpu_layers=0, kv_cache="f32", n_threads=2)
 IDS = [0, 290, 284, 280, 31]
 
 

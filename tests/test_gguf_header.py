@@ -86,7 +86,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
     data = model_file()
     header_end = read_header(write(tmp_path, data)).data_offset
     for cut in (*range(header_end), *range(header_end, len(data), 97)):
-        with pytest.raises(LayerscopeError, match="truncated"):
+        with pytest.raises(LayerscopeError, match="truncated" if cut else "it is empty"):
             read_header(write(tmp_path, data[:cut]))
 
 

@@ -29,7 +29,7 @@ from components.services import SERVER_KEY
 from tests.tiny_models import TinyModel
 from tests.web_app import web_app
 
-OPTIONS = OpenOptions(device="cpu", n_gpu_layers=0, kv_cache="f32", n_threads=1)
+OPTIONS = OpenOptions(device="cpu", n_gpu_layers=0, kv_cache="f32", n_threads=2)
 IDS = (0, 290, 284, 280, 306, 275, 31, 290)
 LAYER = 1
 

@@ -3,9 +3,12 @@ by name in one sentence, and what is merely unusual runs, in both engines."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import gguf
 import numpy as np
 import pytest
 
-from backend.engines import Engine, OpenOptions, Request
+from backend.engines import Engine, OpenOptions, Request, Sampling, open_engine
 from backend.engines.gguf import GgufEngine
 from backend.engines.hf import HfEngine
 from backend.errors import LayerscopeError
@@ -22,7 +25,9 @@ from backend.gguf_format import read_file
 from backend.model_files import Shelf, describe
 from backend.model_kinds import GGUF_KINDS, HF_KINDS, refuse_config
 from backend.trace import open_trace
+from backend.warm_engine import WarmEngine
 from backend.weights import open_weights
+from config import load_settings
 from tests.gguf_cases import ARR, STR, Tensor, model_file, model_tensors
 from tests.test_engines_agree import NMSE, nmse
 from tests.test_hf_engine import capture as values_of
@@ -30,7 +35,7 @@ from tests.test_library import save_header_only
 from tests.test_split_gguf import part_file
 from tests.tiny_models import TinyModel, save_tiny
 
-OPTIONS = OpenOptions(device="cpu", n_gpu_layers=0, kv_cache="f32", n_threads=1)
+OPTIONS = OpenOptions(device="cpu", n_gpu_layers=0, kv_cache="f32", n_threads=2)
 
 
 def refused(path: Path, sentence: str) -> None:
@@ -247,3 +252,131 @@ def test_a_gguf_file_without_an_output_matrix_takes_the_embedding_as_llama_cpp_d
         assert "output.weight" in str(refusal)
         return
     check_unembedding(engine, path, True, tmp_path / "traces")
+
+
+# What a failed download or a careless disk leaves
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 4123456789\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"", r"it is empty"),
+        (POINTER, r"it is a Git LFS pointer, .*\(git lfs pull\)"),
+        (b"<!DOCTYPE html>\n<html><head><title>403 Forbidden</title>", r"it is a web page"),
+        (b"\xef\xbb\xbf\n<html>", r"it is a web page"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", r"it is a web page"),
+        (b'{"error":"Repository not found"}', r"it is JSON text, such as a server's error"),
+    ],
+)
+def test_what_a_failed_download_left_is_named(tiny_llama: TinyModel, tmp_path: Path, content: bytes, sentence: str) -> None:
+    path, folder = tmp_path / "x.gguf", Path(shutil.copytree(tiny_llama.hf, tmp_path / "folder"))
+    path.write_bytes(content)
+    (folder / "model.safetensors").write_bytes(content)
+    refused(path, rf"^x.gguf is not a valid GGUF file: .*{sentence}")
+    refused(folder, rf"^model.safetensors of folder is no safetensors file: {sentence}")
+
+
+def test_a_web_page_for_a_config_is_named_and_json_is_read_as_json(tiny_llama: TinyModel, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_llama.hf, tmp_path / "folder"))
+    for content, sentence in ((b"<html>", "it is a web page"), (POINTER, "it is a Git LFS pointer"), (b"", "it is empty"), (b'{"a" 1}', "Expecting ':'")):
+        (folder / "config.json").write_bytes(content)
+        refused(folder, f"config.json of folder is no valid JSON: {sentence}")
+
+
+def test_links_that_lead_nowhere_or_in_a_circle_are_refused_and_hide_no_model(tiny_llama: TinyModel, tmp_path: Path) -> None:
+    models = tmp_path / "models"
+    models.mkdir()
+    shutil.copy(tiny_llama.gguf, models / "good.gguf")
+    (models / "loop.gguf").symlink_to("loop.gguf")
+    (models / "gone.gguf").symlink_to("nothing")
+    (models / "round").symlink_to(models)
+    (models / "deep").mkdir()
+    (models / "deep" / "back").symlink_to(models)
+    (models / "circle").symlink_to("circle")
+    entries = {entry.name: entry for entry in Shelf([models], tmp_path / "v", None, ()).entries()}
+    assert set(entries) == {"good.gguf", "loop.gguf", "gone.gguf"} and entries["good.gguf"].info is not None
+    for name in ("loop.gguf", "gone.gguf"):
+        refused(models / name, f"^{name} is a symbolic link that leads nowhere")
+
+
+def test_a_folder_called_x_gguf_is_a_folder(tiny_llama: TinyModel, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.gguf"
+    empty.mkdir()
+    refused(empty, "The folder 'empty.gguf' is no model: it has no config.json")
+    folder = Path(shutil.copytree(tiny_llama.hf, tmp_path / "models" / "real.gguf"))
+    (entry,) = Shelf([tmp_path / "models"], tmp_path / "v", None, ()).entries()
+    assert (entry.kind, entry.error) == ("hf", None)
+    engine = open_engine(folder, OPTIONS)
+    assert isinstance(engine, HfEngine)
+    engine.close()
+
+
+@contextlib.contextmanager
+def without_privileges() -> Iterator[Path]:
+    """A folder that a plain user can enter, and that user's rights while the block runs."""
+    folder = Path(tempfile.mkdtemp(prefix="layerscope-tests-"))
+    folder.chmod(0o755)
+    root = os.geteuid() == 0
+    try:
+        yield folder
+    finally:
+        if root:
+            os.seteuid(0)
+        for path in folder.rglob("*"):
+            if not path.is_symlink():
+                path.chmod(0o700)
+        shutil.rmtree(folder)
+
+
+def test_what_may_not_be_read_is_named_and_hides_no_model(tiny_llama: TinyModel) -> None:
+    with without_privileges() as folder:
+        for name in ("good.gguf", "secret.gguf"):
+            shutil.copy(tiny_llama.gguf, folder / name)
+        for name in ("weights", "closed"):
+            shutil.copytree(tiny_llama.hf, folder / name)
+        (folder / "secret.gguf").chmod(0)
+        (folder / "weights" / "model.safetensors").chmod(0)
+        (folder / "closed").chmod(0)
+        if os.geteuid() == 0:
+            os.seteuid(65534)
+        refused(folder / "secret.gguf", "secret.gguf cannot be read: Permission denied")
+        refused(folder / "weights", "weights/model.safetensors cannot be read: Permission denied")
+        refused(folder / "closed", "closed.* cannot be read: Permission denied")
+        shelf = Shelf([folder], folder / "v", None, ())
+        entries = {entry.name: entry for entry in shelf.entries()}
+        assert set(entries) == {"good.gguf", "secret.gguf", "weights"} and entries["good.gguf"].info is not None
+        assert "Permission denied" in (entries["secret.gguf"].error or "") and "Permission denied" in (entries["weights"].error or "")
+        if os.getuid() == 0:
+            os.seteuid(0)
+        (folder / "secret.gguf").chmod(0o644)
+        assert {entry.name: entry for entry in shelf.entries()}["secret.gguf"].info is not None, "noticed though neither size nor time changed"
+
+
+def test_a_file_replaced_while_it_is_open_is_never_mixed_with_the_old_one(tiny_llama: TinyModel, tiny_mistral: TinyModel, tmp_path: Path) -> None:
+    """The worker opens the new one; an engine that someone holds says that it must be opened again."""
+    models = tmp_path / "models"
+    models.mkdir()
+    path = Path(shutil.copy(tiny_llama.gguf, models / "x.gguf"))
+    status = path.stat()
+    settings = load_settings(data_dir=tmp_path / "data", models_dirs=[models], kv_cache="f32", use_hf_cache=False, n_threads=1)
+    warm = WarmEngine(settings, Shelf([models], tmp_path / "v", None, ()))
+    held = GgufEngine(path, OPTIONS)
+    first, ids = warm("x.gguf", {}), [0, 290, 284]
+    assert warm("x.gguf", {}) is first and np.array_equal(values_of(held, ids)["logits", None], values_of(first, ids)["logits", None])
+    shutil.copy(tiny_mistral.gguf, tmp_path / "new.gguf")
+    os.utime(tmp_path / "new.gguf", ns=(status.st_atime_ns, status.st_mtime_ns))  # as a copy that keeps times leaves it
+    os.replace(tmp_path / "new.gguf", path)
+    for call in (lambda: values_of(held, ids), lambda: held.generate(ids, 1, Sampling())):
+        with pytest.raises(LayerscopeError, match=r"The file of x has changed since it was opened; open it again"):
+            call()
+    second = warm("x.gguf", {})
+    assert second is not first and second.info.d_mlp == 112
+    path.write_bytes(path.read_bytes()[:-5000])
+    with pytest.raises(LayerscopeError, match="has changed since it was opened"):
+        values_of(second, ids)
+    with pytest.raises(LayerscopeError, match="x.gguf is truncated"):
+        warm("x.gguf", {})
+    held.close()
+    warm.close()
