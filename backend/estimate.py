@@ -22,6 +22,7 @@ from pathlib import Path
 
 from backend.errors import LayerscopeError
 from backend.model_info import ModelInfo
+from backend.prompt_text import prompt_bytes
 from backend.sites import SITES, STANDARD_SITES, split_native
 
 # UTF-8 bytes of a token: what common tokenizers make of English text, rounded down so that the estimate is not too low.
@@ -53,8 +54,8 @@ class Estimate:
 
 
 def rough_tokens(text: str) -> int:
-    """About how many tokens a text has when no tokenizer is at hand: UTF-8 bytes / 3.5, and one for the start token."""
-    return 1 + math.ceil(len(text.encode("utf-8")) / BYTES_PER_TOKEN) if text else 0
+    """About how many tokens a text has when no tokenizer is at hand: UTF-8 bytes / 3.5, and one for the start token. Raises LayerscopeError for half a character."""
+    return 1 + math.ceil(len(prompt_bytes(text)) / BYTES_PER_TOKEN) if text else 0
 
 
 def estimate(

@@ -1,5 +1,7 @@
 """The GGUF format, read with bounds: metadata and tensor table of a file that nobody vouches for.
 
+    read_file(path)    -> GgufHeader of this one file; backend.gguf_split joins the parts of a model that comes in several
+
 Every count and length is held against a limit and against the bytes that are left before anything is allocated; every rejection is
 one LayerscopeError. Ordinary reads and no mapping, so that a file that shrinks is a short read and not a SIGBUS.
 The layout is https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
@@ -19,6 +21,7 @@ import numpy as np
 
 from backend.errors import LayerscopeError
 from backend.ggml_types import GGML_TYPES
+from backend.stand_ins import SHOWN_BYTES, stand_in
 
 MAX_KEYS = 65_536
 MAX_TENSORS = 1_000_000
@@ -30,12 +33,15 @@ MAX_TENSOR_NAME_BYTES = 63  # ggml's GGML_MAX_NAME, less the final zero
 MAX_ALIGNMENT = 1 << 20
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
-_STRING, _ARRAY, _UINT32 = 8, 9, 4
+_STRING, _ARRAY = 8, 9
+# Keys that llama.cpp reads without asking for their type first: another one aborts the process.
+_FIXED_TYPES = {"general.alignment": (4, "uint32"), "split.no": (2, "uint16"), "split.count": (2, "uint16"), "split.tensors.count": (5, "int32")}
 
 
 class TensorInfo(NamedTuple):
-    """One tensor of the file. `shape` is NumPy's order (the reverse of ggml's ne); `offset` counts from the start of the file."""
+    """One tensor. `shape` is NumPy's order (the reverse of ggml's ne); `offset` counts from the start of the file at `path`."""
 
+    path: Path
     name: str
     shape: tuple[int, ...]
     type_id: int
@@ -65,7 +71,10 @@ class StringArray(Sequence[str]):
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """`metadata` values are int, float, bool, str, a NumPy array of numbers or a StringArray. Tensors keep the order of the file."""
+    """`metadata` values are int, float, bool, str, a NumPy array of numbers or a StringArray. Tensors keep the order of the file.
+
+    `files`: those that the model lies in, in order. Of a model in parts, all else but the tensors is that of the first.
+    """
 
     version: int
     metadata: dict[str, Any]
@@ -73,13 +82,14 @@ class GgufHeader:
     data_offset: int
     alignment: int
     file_size: int
+    files: tuple[Path, ...]
 
 
 class _Reader:
     """Bounded little-endian reads; a length is checked against what is left before it is read."""
 
-    def __init__(self, file: BinaryIO, size: int, label: str) -> None:
-        self.file, self.size, self.label, self.at = file, size, label, 0
+    def __init__(self, file: BinaryIO, size: int, path: Path) -> None:
+        self.file, self.size, self.path, self.label, self.at = file, size, path, path.name, 0
 
     def refuse(self, what: str) -> NoReturn:
         raise LayerscopeError(f"{self.label} is not a valid GGUF file: {what}.")
@@ -105,8 +115,8 @@ class _Reader:
         return self.take(length, what)
 
 
-def read_header(path: Path) -> GgufHeader:
-    """Read and check the header of the GGUF file at `path`.
+def read_file(path: Path) -> GgufHeader:
+    """Read and check the header of the one GGUF file at `path`.
 
     Raises LayerscopeError when the file is missing, no GGUF, truncated, or breaks a rule of the format or a limit of this module.
     Time and memory are at most proportional to the header's size in the file.
@@ -114,12 +124,16 @@ def read_header(path: Path) -> GgufHeader:
     path = Path(path)
     try:
         with path.open("rb") as file:
-            return _parse(_Reader(file, os.fstat(file.fileno()).st_size, path.name))
+            return _parse(_Reader(file, os.fstat(file.fileno()).st_size, path))
     except OSError as error:
         raise LayerscopeError(f"{path} cannot be read: {error.strerror or error}.") from None
 
 
 def _parse(reader: _Reader) -> GgufHeader:
+    first = reader.file.read(SHOWN_BYTES)
+    reader.file.seek(0)
+    if not first.startswith(b"GGUF") and (instead := stand_in(first)):
+        reader.refuse(f"it is {instead}")
     if (magic := reader.take(4, "the magic")) != b"GGUF":
         reader.refuse(f"it begins with {magic!r}, not with b'GGUF'")
     version = reader.number("<I", "the version")
@@ -144,7 +158,7 @@ def _parse(reader: _Reader) -> GgufHeader:
         reader.refuse(f"general.alignment is {alignment:,}, not a power of two up to {MAX_ALIGNMENT:,}")
     declared = [_read_tensor(reader) for _ in range(n_tensors)]
     data_offset = -(-reader.at // alignment) * alignment
-    return GgufHeader(version, metadata, _place(reader, declared, data_offset, alignment), data_offset, alignment, reader.size)
+    return GgufHeader(version, metadata, _place(reader, declared, data_offset, alignment), data_offset, alignment, reader.size, (reader.path,))
 
 
 def _read_pair(reader: _Reader) -> tuple[str, Any]:
@@ -157,8 +171,8 @@ def _read_pair(reader: _Reader) -> tuple[str, Any]:
         reader.refuse("it has an empty key")
     what = f"the value of {key[:80]!r}"
     kind = reader.number("<I", f"the type of {key[:80]!r}")
-    if key == "general.alignment" and kind != _UINT32:
-        reader.refuse(f"general.alignment has type {kind}, it must be uint32 ({_UINT32})")
+    if key in _FIXED_TYPES and kind != _FIXED_TYPES[key][0]:
+        reader.refuse(f"{key} has type {kind}, it must be {_FIXED_TYPES[key][1]} ({_FIXED_TYPES[key][0]})")
     if reader.at > MAX_METADATA_BYTES:
         reader.refuse(f"its metadata is larger than {MAX_METADATA_BYTES:,} bytes")
     if kind == _STRING:
@@ -212,7 +226,7 @@ def _read_tensor(reader: _Reader) -> TensorInfo:
     type_name, block, block_bytes = GGML_TYPES[type_id]
     if ne[0] % block:
         reader.refuse(f"tensor {name!r} has rows of {ne[0]:,} values, not a multiple of the {block} of a {type_name} block")
-    return TensorInfo(name, ne[::-1], type_id, type_name, offset, math.prod(ne) // block * block_bytes)
+    return TensorInfo(reader.path, name, ne[::-1], type_id, type_name, offset, math.prod(ne) // block * block_bytes)
 
 
 def _place(reader: _Reader, declared: list[TensorInfo], data_offset: int, alignment: int) -> dict[str, TensorInfo]:

@@ -2,7 +2,7 @@
 
 llama.cpp aborts or overruns on crafted files, and the web process lists models: so both go through this module, pure Python.
 
-    read_header(path)           -> GgufHeader: metadata, tensors (name, shape, type, place), nothing of the weights (gguf_format)
+    read_header(path)           -> GgufHeader: metadata, tensors (name, shape, type, place), nothing of the weights (gguf_format, gguf_split)
     model_info(path, header)    -> ModelInfo: sizes of the model, held against each other and against the tensors
 """
 
@@ -17,19 +17,29 @@ import numpy as np
 
 from backend.errors import LayerscopeError
 from backend.ggml_types import FILE_TYPES
-from backend.gguf_format import GgufHeader, StringArray, TensorInfo, read_header
+from backend.gguf_format import GgufHeader, StringArray, TensorInfo
+from backend.gguf_split import read_header, whole_name
 from backend.model_info import ModelInfo
+from backend.model_kinds import refuse_gguf
 from backend.weight_names import GGUF_NAMES
 
 __all__ = ["GgufHeader", "StringArray", "TensorInfo", "model_info", "read_header"]
 
-MAX_LAYERS, MAX_WIDTH, MAX_VOCAB, MAX_EXPERTS = 4096, 1 << 20, 1 << 24, 4096
+MAX_LAYERS, MAX_EXPERTS = 512, 1024  # llama.cpp's own (llama-hparams.h)
+MAX_WIDTH, MAX_VOCAB = 1 << 20, 1 << 24
 
-# What is no text generator: encoders, vision towers, vocoders. llama.cpp loads some of them; there is no next token to look at.
-_NOT_GENERATORS = frozenset((
-    "clip", "bert", "modern-bert", "nomic-bert", "nomic-bert-moe", "neo-bert", "eurobert",
-    "jina-bert-v2", "jina-bert-v3", "t5", "t5encoder", "gemma-embedding", "wavtokenizer-dec",
+# Architectures whose graph takes for granted (GGML_ASSERT in src/models of llama.cpp 0.3.36, which ends the process) that keys and values
+# are equally wide; in the first group RoPE also turns all of a head. Their projections are n_heads heads of that width and nothing else.
+_ROTARY_IS_WHOLE = frozenset((
+    "apertus", "arcee", "arctic", "baichuan", "chameleon", "codeshell", "cohere2moe", "dbrx", "deepseek", "dots1", "ernie4_5", "ernie4_5-moe",
+    "exaone", "exaone4", "exaone-moe", "falcon", "granite", "grok", "grovemoe", "hunyuan-moe", "internlm2", "jais2", "llama", "llama4", "maincoder",
+    "mellum", "minimax-m2", "mistral3", "nemotron", "olmo", "olmo2", "olmoe", "orion", "pangu-embedded", "plamo", "qwen2", "qwen2moe", "qwen3",
+    "qwen3moe", "seed_oss", "smallthinker", "smollm3", "starcoder2", "xverse",
 ))  # fmt: skip
+_HEADS_ARE_PLAIN = _ROTARY_IS_WHOLE | frozenset((
+    "bloom", "chatglm", "cohere2", "command-r", "glm4", "gpt2", "gptneox", "jais", "mpt", "phi2", "phi3", "qwen", "refact", "stablelm", "starcoder",
+))  # fmt: skip
+_ROPE_SCALING = ("none", "linear", "yarn", "longrope")
 
 
 class _Sizes:
@@ -48,10 +58,8 @@ class _Sizes:
         """
         full = key if "." in key and key.split(".")[0] == "tokenizer" else f"{self.prefix}.{key}"
         value = self.metadata.get(full, default)
-        if isinstance(value, np.ndarray):
-            if value.size == 0 or (self.prefix in GGUF_NAMES and (value != value[0]).any()):
-                self.refuse(f"{full} differs between layers, which is not supported")
-            value = value.max().item()
+        if isinstance(value, np.ndarray | StringArray):
+            value = self._one_for_all_layers(full, value)
         if value is None:
             self.refuse(f"{full} is missing")
         if not isinstance(value, int) or isinstance(value, bool):
@@ -59,6 +67,17 @@ class _Sizes:
         if not low <= value <= high:
             self.refuse(f"{full} is {value:,}, outside {low:,} to {high:,}")
         return value
+
+    def _one_for_all_layers(self, key: str, values: np.ndarray[Any, Any] | StringArray) -> Any:
+        """The value of every layer; the largest, where the architecture has no row in the tables and layers may differ."""
+        if not isinstance(values, np.ndarray) or len(values) == 0:
+            self.refuse(f"{key} is a list of {len(values)} {'numbers' if isinstance(values, np.ndarray) else 'texts'}, not a whole number")
+        if self.prefix not in GGUF_NAMES:
+            return values.max().item()
+        other = int((values != values[0]).argmax())
+        if values[other] != values[0]:
+            self.refuse(f"{key} differs between layers ({values[0]} in layer 0, {values[other]} in layer {other}), which is not supported")
+        return values[0].item()
 
     def real(self, key: str, default: float) -> float:
         value = self.metadata.get(f"{self.prefix}.{key}", default)
@@ -71,7 +90,7 @@ def model_info(path: Path, header: GgufHeader) -> ModelInfo:
     """The model's sizes from its header, each held against its range, the others and the tensors.
 
     `architecture` is the file's general.architecture: mistral and mixtral files carry "llama".
-    Raises LayerscopeError for an encoder or vision file, a part of a split file, and sizes that cannot be true.
+    Raises LayerscopeError for what is no decoder, by name, and for sizes that cannot be true.
     """
     path = Path(path)
     metadata, tensors = header.metadata, header.tensors
@@ -98,13 +117,14 @@ def model_info(path: Path, header: GgufHeader) -> ModelInfo:
     n_experts = size.integer("expert_count", 0, MAX_EXPERTS, 0)
     d_mlp = size.integer("feed_forward_length", int(known), MAX_WIDTH, 4 * d_model)
     n_dense_layers = min(size.integer("leading_dense_block_count", 0, MAX_LAYERS, 0), n_layers) if n_experts else 0
-    _check_groups(size, n_experts)
+    _check_heads(size, tensors, n_heads, n_kv_heads, d_head)
+    _check_experts(size, n_experts)
     d_vocab = _vocabulary_size(size, tensors, d_model)
     _check_layers(size, tensors, n_blocks)
     model = str(metadata.get("tokenizer.ggml.model", ""))
     return ModelInfo(
-        name=path.stem,
-        source=str(path),
+        name=Path(whole_name(path)).stem,
+        source=str(header.files[0]),
         engine="gguf",
         architecture=architecture,
         n_layers=n_layers,
@@ -136,17 +156,10 @@ def model_info(path: Path, header: GgufHeader) -> ModelInfo:
 
 def _language_model(label: str, metadata: dict[str, Any]) -> str:
     """The architecture's name, if this file is a whole model that generates text."""
+    refuse_gguf(label, metadata)
     architecture = metadata.get("general.architecture")
-    kind = metadata.get("general.type", "model")
-    if kind != "model":
-        raise LayerscopeError(f"{label} holds no model: its general.type is {str(kind)[:40]!r}.")
     if not isinstance(architecture, str) or not architecture:
         raise LayerscopeError(f"{label} does not describe a model: general.architecture is missing.")
-    if architecture in _NOT_GENERATORS:
-        raise LayerscopeError(f"{label} holds {architecture!r}, which is not a decoder that predicts the next token.")
-    split = metadata.get("split.count", 1)
-    if not isinstance(split, int) or split > 1:
-        raise LayerscopeError(f"{label} is one of {str(split)[:12]} parts of a split GGUF; join them with llama-gguf-split --merge first.")
     return architecture
 
 
@@ -170,15 +183,55 @@ def _vocabulary_size(size: _Sizes, tensors: dict[str, TensorInfo], d_model: int)
             size.refuse(f"tokenizer.ggml.{key} has the wrong type")
         if len(values) != d_vocab:
             size.refuse(f"tokenizer.ggml.{key} has {len(values):,} entries, and the embedding has {d_vocab:,} rows")
+    _check_tokens_differ(size)
     return d_vocab
 
 
-def _check_groups(size: _Sizes, n_experts: int) -> None:
-    """Groups of experts as llama.cpp takes them: it aborts the process where they do not come out even."""
-    n_groups = size.integer("expert_group_count", 0, max(n_experts - 1, 0), 0)
-    n_used = size.integer("expert_group_used_count", 0, MAX_EXPERTS, 0)
-    if n_groups > 1 and (n_experts % n_groups or not 0 < n_used < n_groups):
-        size.refuse(f"{n_experts} experts in {n_groups} groups, of which {n_used} are used, do not come out even")
+def _check_tokens_differ(size: _Sizes) -> None:
+    """No two tokens have one spelling: llama.cpp takes that for granted."""
+    words = size.metadata.get("tokenizer.ggml.tokens")
+    if words is None or len(set(words.raw)) == len(words):
+        return
+    first: dict[bytes, int] = {}
+    for number, word in enumerate(words.raw):
+        if word and first.setdefault(word, number) != number:  # empty ones get names of their own
+            size.refuse(f"tokens {first[word]} and {number} of tokenizer.ggml.tokens are both {words[number][:40]!r}")
+
+
+def _check_heads(size: _Sizes, tensors: dict[str, TensorInfo], n_heads: int, n_kv_heads: int, d_head: int) -> None:
+    """Widths of heads and rotation that llama.cpp takes for granted, and the first layer's projections held against them."""
+    if not n_heads:
+        return
+    rotated = d_head
+    if f"{size.prefix}.rope.dimension_count" in size.metadata:
+        rotated = size.integer("rope.dimension_count", 2, max(d_head, 2))
+        if rotated % 2:
+            size.refuse(f"{size.prefix}.rope.dimension_count is {rotated}, and RoPE turns pairs")
+    scaling = size.metadata.get(f"{size.prefix}.rope.scaling.type", "none")
+    if not isinstance(scaling, str) or scaling not in _ROPE_SCALING:
+        size.refuse(f"{size.prefix}.rope.scaling.type is {str(scaling)[:40]!r}, and {', '.join(_ROPE_SCALING)} are known")
+    d_value = size.integer("attention.value_length", 1, MAX_WIDTH, d_head)
+    if size.prefix not in _HEADS_ARE_PLAIN:
+        return
+    if d_value != d_head:
+        size.refuse(f"heads have {d_head} columns for keys and {d_value} for values, which {size.prefix} models cannot have")
+    if size.prefix in _ROTARY_IS_WHOLE and rotated != d_head:
+        size.refuse(f"{size.prefix}.rope.dimension_count is {rotated}, and {size.prefix} models turn all {d_head} columns of a head")
+    q, kv = n_heads * d_head, n_kv_heads * d_head
+    for name, rows in (("attn_q", q), ("attn_k", kv), ("attn_v", kv), ("attn_qkv", q + 2 * kv)):
+        tensor = tensors.get(f"blk.0.{name}.weight")
+        if tensor and tensor.shape[0] != rows:
+            size.refuse(f"blk.0.{name}.weight has {tensor.shape[0]:,} rows, and {n_heads} heads with {n_kv_heads} key/value heads of {d_head} columns need {rows:,}")
+
+
+def _check_experts(size: _Sizes, n_experts: int) -> None:
+    """Counts of experts and groups that llama.cpp takes for granted."""
+    size.integer("expert_used_count", 1 if n_experts else 0, n_experts, None if n_experts else 0)
+    groups = size.integer("expert_group_count", 0, max(n_experts - 1, 0), 0)
+    if groups > 1 and n_experts % groups:
+        size.refuse(f"{n_experts} experts cannot be divided among {groups} groups")
+    if groups > 1:
+        size.integer("expert_group_used_count", 1, groups - 1)
 
 
 def _check_layers(size: _Sizes, tensors: dict[str, TensorInfo], n_layers: int) -> None:

@@ -24,6 +24,9 @@ from typing import Any
 from backend.errors import LayerscopeError
 from backend.hf_types import GENERIC_TYPES, generic_keys
 from backend.model_info import ModelInfo
+from backend.model_kinds import refuse_config, refuse_folder
+from backend.stand_ins import SHOWN_BYTES, stand_in
+from backend.weight_names import HF_NAMES
 
 CONFIG_LIMIT = 4 << 20  # bytes of config.json, tokenizer_config.json
 INDEX_LIMIT = 64 << 20  # bytes of model.safetensors.index.json
@@ -148,7 +151,7 @@ def model_info(path: Path) -> ModelInfo:
     """
     folder = check_folder(path)
     sizes = _sizes(folder.config, folder.keys, path.name)
-    _check_embedding(folder, sizes)
+    _check_shapes(folder, sizes)
     entries = folder.tensors.values()
     elements = Counter[str]()
     for entry in entries:
@@ -182,9 +185,11 @@ def check_folder(path: Path) -> Folder:
     """
     if not path.is_dir():
         raise LayerscopeError(f"There is no model folder {path.name!r}.")
+    refuse_folder(path)
     if not (path / "config.json").is_file():
         raise LayerscopeError(f"The folder {path.name!r} is no model: it has no config.json.")
     config = read_json(path / "config.json", CONFIG_LIMIT)
+    refuse_config(path.name, config)
     tokenizer = read_json(path / "tokenizer_config.json", CONFIG_LIMIT) if (path / "tokenizer_config.json").is_file() else {}
     for name, data in (("config.json", config), ("tokenizer_config.json", tokenizer)):
         if data.get("auto_map") or data.get("trust_remote_code"):
@@ -249,6 +254,9 @@ def safetensors_header(path: Path) -> dict[str, TensorEntry]:
     """
     size = path.stat().st_size
     with path.open("rb") as file:
+        if instead := stand_in(file.read(SHOWN_BYTES)):
+            raise LayerscopeError(f"{path.name} of {path.parent.name} is no safetensors file: it is {instead}.")
+        file.seek(0)
         prefix = file.read(8)
         if len(prefix) < 8:
             raise LayerscopeError(f"{path.name} is truncated: it has {size} bytes, fewer than the 8 of a safetensors prefix.")
@@ -276,6 +284,8 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise LayerscopeError(f"{path.name} of {path.parent.name} has more than the {limit:,} bytes allowed.")
+    if not data.lstrip().startswith(b"{") and (instead := stand_in(data[:SHOWN_BYTES])):
+        raise LayerscopeError(f"{path.name} of {path.parent.name} is no valid JSON: it is {instead}.")
     return parse_json(data, f"{path.name} of {path.parent.name}")
 
 
@@ -388,7 +398,26 @@ def _token_id(value: Any) -> int | None:
     return value if type(value) is int and value >= 0 else None
 
 
-def _check_embedding(folder: Folder, sizes: Mapping[str, int]) -> None:
-    entry, want = folder.tensors.get(folder.keys.embed), (sizes["d_vocab"], sizes["d_model"])
-    if entry is not None and entry.shape != want:
-        raise LayerscopeError(f"{folder.path.name}: {folder.keys.embed} has shape {list(entry.shape)}, but config.json says {list(want)}.")
+def _check_shapes(folder: Folder, sizes: Mapping[str, int]) -> None:
+    """Hold the layers and the matrices at both ends and of the first layer's heads against the sizes, before memory is taken for them.
+
+    What else does not fit, transformers reports when it loads the weights.
+    """
+    name, tensors, d_model = folder.path.name, folder.tensors, sizes["d_model"]
+    present = {next((part for part in tensor.split(".") if part.isdecimal()), "") for tensor in tensors} - {""}
+    absent = set(range(sizes["n_layers"])) - {int(layer) for layer in present}
+    if present and absent:
+        raise LayerscopeError(f"{name} does not fit its config.json: {folder.keys.n_layers} = {sizes['n_layers']}, and the tensors of layer {min(absent)} are missing.")
+    q, kv = sizes["n_heads"] * sizes["d_head"], sizes["n_kv_heads"] * sizes["d_head"]
+    names = {"embed.W_E": folder.keys.embed} | dict(HF_NAMES.get(folder.config["model_type"], {}))
+    shapes = {"embed.W_E": (sizes["d_vocab"], d_model), "unembed.W_U": (sizes["d_vocab"], d_model)}
+    shapes |= {f"blocks.{{}}.attn.W_{x}": (rows, d_model) for x, rows in (("Q", q), ("K", kv), ("V", kv))} | {"blocks.{}.attn.W_O": (d_model, q)}
+    for canonical, want in shapes.items():
+        stored = names.get(canonical)
+        if not isinstance(stored, str):
+            continue  # a part of a fused or transposed matrix
+        stored = stored.replace("{}", "0")
+        # A checkpoint that was saved without its output matrix leaves out the first part of every name.
+        entry = tensors.get(stored) or tensors.get(stored.partition(".")[2])
+        if entry is not None and entry.shape != want:
+            raise LayerscopeError(f"{name}: {stored} has shape {list(entry.shape)}, but config.json says {list(want)}.")

@@ -17,7 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from backend.engines import engine_for
 from backend.errors import LayerscopeError
+from backend.file_stamps import Stamp, stamps
+from backend.gguf_split import one_a_model, parts_of, whole_name
 from backend.model_info import ModelInfo
 from backend.settings import Settings
 
@@ -98,7 +101,7 @@ class Describer:
         self._known: dict[tuple[Any, ...], ModelInfo | str] = {}
 
     def __call__(self, path: Path) -> ModelInfo:
-        key = _fingerprint(path)
+        key = str(path), fingerprint(path)
         if key not in self._known:
             try:
                 self._known[key] = describe(path)
@@ -119,6 +122,8 @@ def describe(path: Path) -> ModelInfo:
             from backend import hf_config
 
             return hf_config.model_info(path)
+        if not path.exists() and path.is_symlink():
+            raise LayerscopeError(f"{path.name} is a symbolic link that leads nowhere.")
         if not path.exists():
             raise LayerscopeError(f"There is no model file or folder at {path}.")
         if path.suffix.lower() in _PICKLES:
@@ -131,16 +136,20 @@ def describe(path: Path) -> ModelInfo:
 
         return gguf_header.model_info(path, gguf_header.read_header(path))
     except OSError as error:
-        raise LayerscopeError(f"{path} cannot be read: {error.strerror or error}.") from None
+        raise LayerscopeError(f"{error.filename or path} cannot be read: {error.strerror or error}.") from None
 
 
-def _fingerprint(path: Path) -> tuple[Any, ...]:
-    """Changes whenever a header may have changed: size and time of the file, or of each file in the folder that is read."""
+def fingerprint(path: Path) -> Stamp:
+    """Changes whenever the model may have changed: stamps of its file, of every part, or of each file in its folder that is read."""
+    return stamps(_files(path))
+
+
+def _files(path: Path) -> tuple[Path, ...]:
+    """The files that a model is read from."""
     try:
-        files = sorted([*path.glob("*.json"), *path.glob("*.safetensors")]) if path.is_dir() else [path]
-        return str(path), *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
-    except OSError as error:
-        return str(path), error.errno
+        return (path, *sorted([*path.glob("*.json"), *path.glob("*.safetensors")])) if path.is_dir() else parts_of(path)
+    except OSError:
+        return (path,)  # a folder that cannot be listed: its own stamp tells when that changes
 
 
 class Shelf:
@@ -205,20 +214,23 @@ class Shelf:
 
     def _folders(self) -> Iterator[ModelEntry]:
         for folder in (*self.models_dirs, self.variants_dir):
-            for path in _find_models(folder):
-                yield self._entry(path.relative_to(folder).as_posix(), path, FOLDER)
+            for path in one_a_model(_find_models(folder)):
+                yield self._entry(path.relative_to(folder).with_name(whole_name(path)).as_posix(), path, FOLDER)
 
     def _hub(self) -> Iterator[ModelEntry]:
         for repository in sorted(self.hf_cache.glob("models--*")) if self.hf_cache else ():
             name = repository.name.removeprefix("models--").replace("--", "/")
             path = _snapshot(self.hf_cache, name)
-            if path and ((path / "config.json").exists() and any(path.glob("*.safetensors"))):
+            if path is None:
+                continue
+            if _holds_one_of(path, ("config.json",)) and any(path.glob("*.safetensors")):
                 yield self._entry(name, path, HUB)
-            for file in sorted(path.glob("*.gguf")) if path else ():
-                yield self._entry(f"{name}/{file.name}", file, HUB)
+            for file in one_a_model(_find_models(path)):
+                if file.suffix.lower() == ".gguf":  # large models lie one folder deeper, in parts
+                    yield self._entry(f"{name}/{file.relative_to(path).with_name(whole_name(file)).as_posix()}", file, HUB)
 
     def _entry(self, name: str, path: Path, origin: str) -> ModelEntry:
-        kind = "gguf" if path.suffix.lower() == ".gguf" else "hf"
+        kind = engine_for(path)
         try:
             self._confine(path)
             info = self._describe(path)
@@ -242,9 +254,10 @@ class Shelf:
                 self._confine(path)
             if not path.exists():
                 raise LayerscopeError(f"There is no model {source[:200]!r}: it is neither a name on the shelf nor a path.")
-            known = next((entry for entry in self.entries() if os.path.realpath(entry.path) == os.path.realpath(path)), None)
+            places = {os.path.realpath(part) for part in parts_of(path)}
+            known = next((entry for entry in self.entries() if os.path.realpath(entry.path) in places), None)
             info = self._describe(path)
-            found = known or ModelEntry(path.stem if path.is_file() else path.name, info.engine, path, FOLDER, info, None, info.n_bytes)
+            found = known or ModelEntry(Path(whole_name(path)).stem if path.is_file() else path.name, info.engine, path, FOLDER, info, None, info.n_bytes)
         if found.error:
             raise LayerscopeError(found.error)
         return found
@@ -269,9 +282,9 @@ class Shelf:
         return self.ready(self.resolve(source, confined=False))
 
     def _confine(self, path: Path) -> None:
-        """Raise LayerscopeError unless `path`, and every weights or config file in it, really lies under the roots."""
+        """Raise LayerscopeError unless `path`, and every weights or config file of it, really lies under the roots."""
         roots = [os.path.realpath(root) for root in self.roots]
-        for file in (path, *(path.glob("*.json") if path.is_dir() else ()), *(path.glob("*.safetensors") if path.is_dir() else ())):
+        for file in _files(path):
             real = os.path.realpath(file)
             if not any(real == root or real.startswith(root + os.sep) for root in roots):
                 raise LayerscopeError(f"{path.name[:200]!r} lies outside the configured model folders; add its folder to LAYERSCOPE_MODELS_DIRS to use it.")
@@ -282,7 +295,7 @@ _BITS_PER_WEIGHT = {"F32": 32.0, "F16": 16.0, "Q8_0": 8.5, "Q4_K_M": 6.0}
 
 
 def _find_models(folder: Path, depth: int = 0) -> Iterator[Path]:
-    """GGUF files and folders with a config.json below `folder`, in order of name. Linked folders are not followed."""
+    """GGUF files and folders with a config.json or an adapter's below `folder`, in order of name. Linked folders are not followed."""
     try:
         children = sorted(folder.iterdir())
     except OSError:
@@ -292,10 +305,18 @@ def _find_models(folder: Path, depth: int = 0) -> Iterator[Path]:
             continue
         if child.suffix.lower() == ".gguf" and not child.is_dir():
             yield child
-        elif child.is_dir() and (child / "config.json").exists():
+        elif child.is_dir() and _holds_one_of(child, ("config.json", "adapter_config.json")):
             yield child
         elif child.is_dir() and not child.is_symlink() and depth < MAX_DEPTH:
             yield from _find_models(child, depth + 1)
+
+
+def _holds_one_of(folder: Path, names: Iterable[str]) -> bool:
+    """False too for a folder that may not be looked into: it is passed over, and hides no other."""
+    try:
+        return any((folder / name).exists() for name in names)
+    except OSError:
+        return False
 
 
 def _snapshot(hf_cache: Path | None, hub_id: str) -> Path | None:

@@ -12,7 +12,7 @@ from typing import Any
 from backend.engines import Engine, OpenOptions, open_engine
 from backend.errors import LayerscopeError
 from backend.estimate import check_model_fits
-from backend.model_files import ModelEntry, Shelf
+from backend.model_files import ModelEntry, Shelf, fingerprint
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class WarmEngine:
         entry = self._shelf.resolve(model, confined=True)
         path = self._shelf.ready(entry)
         chosen = self._options(options)
-        key = (str(path), _stamp(path), chosen)
+        key = (str(path), fingerprint(path), chosen)
         if self._engine is not None and key == self._key:
             return self._engine
         # The old model goes before the new one is measured and opened: the two need not fit together.
@@ -68,9 +68,3 @@ def _named(engine: Engine, entry: ModelEntry) -> Engine:
     """Give the engine the shelf's name of its model, so that a trace names a model that can be opened by that name."""
     engine.info = dataclasses.replace(engine.info, name=entry.name)
     return engine
-
-
-def _stamp(path: Path) -> tuple[int, ...]:
-    """Changes when the model on disk changes."""
-    files = [path] if path.is_file() else sorted(path.iterdir())
-    return tuple(value for file in files for value in (file.stat().st_mtime_ns, file.stat().st_size))

@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backend.errors import LayerscopeError
-from backend.gguf_header import GgufHeader, model_info, read_header
+from backend.gguf_header import GgufHeader, TensorInfo, model_info, read_header
 from backend.hf_config import TensorEntry, check_folder
 from backend.model_info import ModelInfo
 from backend.weight_names import EACH, GGUF_NAMES, HF_NAMES, ROTARY_INTERLEAVED, Names, Stored, section_rows
@@ -196,7 +196,7 @@ class Weights(Mapping[str, NDArray[np.float32]]):
 
 
 def open_weights(path: str | Path) -> Weights:
-    """The weights of a GGUF file or of a folder of safetensors; only headers are read.
+    """The weights of a GGUF file (any part of one that is split) or of a folder of safetensors; only headers are read.
 
     Raises LayerscopeError for what cannot be opened, with the reason. An architecture without a row in backend.weight_names
     has its native names only.
@@ -205,11 +205,11 @@ def open_weights(path: str | Path) -> Weights:
     if path.is_dir():
         return _open_folder(path)
     header = read_header(path)
-    return _open_gguf(path, header, model_info(path, header))
+    return _open_gguf(header, model_info(path, header))
 
 
-def _open_gguf(path: Path, header: GgufHeader, info: ModelInfo) -> Weights:
-    native = {name: Weight(name, (name,), tensor.shape, tensor.type_name, tensor.nbytes, _gguf_rows(path, tensor)) for name, tensor in header.tensors.items()}
+def _open_gguf(header: GgufHeader, info: ModelInfo) -> Weights:
+    native = {name: Weight(name, (name,), tensor.shape, tensor.type_name, tensor.nbytes, _gguf_rows(tensor)) for name, tensor in header.tensors.items()}
     names = GGUF_NAMES.get(info.architecture, {})
     canonical: dict[str, Weight] = {}
     for name, stored in _by_layer(names, info.n_layers):
@@ -222,9 +222,9 @@ def _open_gguf(path: Path, header: GgufHeader, info: ModelInfo) -> Weights:
     return Weights(info, canonical, native)
 
 
-def _gguf_rows(path: Path, tensor: Any) -> _FileRows:
+def _gguf_rows(tensor: TensorInfo) -> _FileRows:
     n_rows = math.prod(tensor.shape[:-1])
-    return _FileRows(path, tensor.offset, tensor.shape[-1], tensor.nbytes // n_rows, tensor.type_name, tensor.type_id)
+    return _FileRows(tensor.path, tensor.offset, tensor.shape[-1], tensor.nbytes // n_rows, tensor.type_name, tensor.type_id)
 
 
 def _row_order(name: str, n_rows: int, info: ModelInfo) -> NDArray[np.int64] | None:

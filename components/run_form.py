@@ -14,6 +14,7 @@ from dash import dcc, html
 
 from backend.errors import LayerscopeError
 from backend.estimate import Estimate, estimate, rough_tokens
+from backend.prompt_text import check_label, prompt_bytes
 from backend.sites import ALL_SITES, NATIVE, SITES, STANDARD_SITES, parse_heads, parse_layers, parse_rows, resolve_sites, split_native
 from components.controls import field
 from components.icons import icon
@@ -53,6 +54,9 @@ class RunRequest:
             raise LayerscopeError("The prompt is empty; it needs at least one character.")
         if len(prompt) > MAX_PROMPT_CHARACTERS:
             raise LayerscopeError(f"The prompt has {len(prompt):,} characters, and the limit is {MAX_PROMPT_CHARACTERS:,}.")
+        prompt_bytes(prompt)
+        category = (values.get("category") or "").strip()[:80]
+        check_label(category, "The category")
         return cls(
             model=values["model"],
             prompt=prompt,
@@ -62,7 +66,7 @@ class RunRequest:
             heads=parse_heads(values.get("heads")),
             rows=parse_rows(values.get("rows")),
             precision="float32" if values.get("precision") == "float32" else "float16",
-            category=(values.get("category") or "").strip()[:80],
+            category=category,
             temperature=_number(values.get("temperature"), "Temperature", 0, 10),
             seed=int(_number(values.get("seed"), "Seed", 0, 2**31 - 1)),
         )

@@ -116,7 +116,7 @@ def _guesses(lens: LensValues, at: int) -> html.Table:
             html.Td([html.Div(token_label(lens.token_text(i), max_length=14), className="chip-token"), html.Div(f"{np.exp(lp):.3f}", className="muted small")])
             for i, lp in zip(ids[r], logprobs[r], strict=True)
         ]
-        body.append(html.Tr([html.Td(row_label(rows[r])), *cells, html.Td(f"{ranks[r] + 1:,}", className="num") if follows else None]))
+        body.append(html.Tr([html.Td(row_label(rows[r])), *cells, html.Td(f"{ranks[r] + 1:,}" if ranks[r] >= 0 else "–", className="num") if follows else None]))
     return html.Table([html.Thead(html.Tr(header)), html.Tbody(body)], className="ls-table")
 
 

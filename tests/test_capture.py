@@ -1,6 +1,7 @@
 """A captured trace says what the model did: both engines, every result, and nothing left behind when it fails."""
 
 import dataclasses
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from backend.analysis import attention
 from backend.engines import OpenOptions, Piece, Request, open_engine
 from backend.errors import Cancelled, LayerscopeError
+from backend.experiments.aside import Aside
 from backend.experiments.capture import CaptureSpec, capture
 from backend.experiments.logit_lens import lens_of_trace, lens_target
 from backend.intervention import Intervention
@@ -253,3 +255,25 @@ def test_a_lens_made_later_is_the_lens_that_the_capture_makes(engine, tmp_path):
             expected = with_lens.result(name)
             assert values.dtype == expected.dtype, name
             np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+def test_checking_the_logits_while_the_run_is_still_on_hands_nothing_out_again(engine, tmp_path, monkeypatch):
+    """The check runs beside the engine and goes through the final norm and W_U, where the run's own hooks may still hang."""
+    seen: list[tuple[str, int]] = []
+    real = Aside.put
+
+    def slow(self: Aside, piece: Piece) -> None:
+        seen.append((piece.site, piece.start))
+        real(self, piece)
+        if piece.site == "logits":
+            time.sleep(0.3)  # the engine is held here, inside its run, while the piece is checked
+
+    monkeypatch.setattr(Aside, "put", slow)
+    ids = tuple(i * 7 % 300 for i in range(600))  # two pieces
+    spec = CaptureSpec(token_ids=ids, sites=("resid_post", "ln_final_out"), precision="float32", lens=False)
+    with Trace(capture(engine, spec, tmp_path)) as trace:
+        assert trace.integrity["unembed"]["checked"] == 2 and trace.integrity["unembed"]["ok"]
+        assert seen.count(("ln_final_out", 0)) == seen.count(("ln_final_out", 512)) == 1 and len(seen) == len(set(seen)) + 2 * (engine.info.n_layers - 1)
+        whole = {}
+        engine.run(list(ids), Request(("ln_final_out",)), lambda piece: whole.update({piece.start: np.array(piece.values)}))
+        np.testing.assert_array_equal(trace["ln_final_out"], np.concatenate([whole[0], whole[512]]))

@@ -639,8 +639,14 @@ def test_an_absent_device_is_refused_by_name(tiny_llama: TinyModel) -> None:
 
 
 def test_weights_that_do_not_fit_the_config_are_refused_and_not_filled_with_random_numbers(tiny_llama: TinyModel, tmp_path: Path) -> None:
-    for change, sentence in (({"num_hidden_layers": 4}, "missing tensors"), ({"num_hidden_layers": 2}, "unexpected tensors")):
-        folder = tmp_path / sentence
+    for change, sentence in (
+        ({"num_hidden_layers": 4}, "num_hidden_layers = 4, and the tensors of layer 3 are missing"),
+        ({"num_hidden_layers": 2}, "unexpected tensors, the first model.layers.2."),
+        ({"intermediate_size": 97}, "9 mismatched tensors, the first model.layers.0.mlp.down_proj.weight"),
+        ({"attention_bias": False}, "12 unexpected tensors, the first model.layers.0.self_attn.k_proj.bias"),
+        ({"mlp_bias": True}, "9 missing tensors, the first model.layers.0.mlp.down_proj.bias"),
+    ):
+        folder = tmp_path / f"{change}"
         shutil.copytree(tiny_llama.hf, folder)
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, **change}))

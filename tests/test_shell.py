@@ -123,7 +123,8 @@ def test_layers_that_mean_nothing_are_refused_by_name(text):
     ("change", "words"),
     [({"prompt": ""}, "The prompt is empty"), ({"prompt": None}, "The prompt is empty"), ({"model": None}, "No model"), ({"new": 513}, "from 0 to 512"),
      ({"new": None}, "New tokens"), ({"temperature": -1}, "Temperature"), ({"preset": "choose"}, "No site"), ({"preset": "choose", "sites": ["resid"]}, "no site 'resid'"),
-     ({"prompt": "x" * 100_001}, "100,001 characters, and the limit is 100,000"), ({"seed": "7"}, "Seed must be a number")],
+     ({"prompt": "x" * 100_001}, "100,001 characters, and the limit is 100,000"), ({"seed": "7"}, "Seed must be a number"),
+     ({"prompt": "a\ud800"}, "The prompt holds .* half a character"), ({"category": "a\0"}, "The category holds a NUL")],
 )  # fmt: skip
 def test_a_form_that_cannot_run_says_why_in_one_sentence(change, words):
     with pytest.raises(LayerscopeError, match=words):

@@ -3,6 +3,9 @@
 Everything takes logits (pos, d_vocab) in any float type and goes through the vocabulary a few rows at a time, so a matrix of
 128,000 columns costs no second copy of itself. The single functions work in float64; `summary`, which every run goes through,
 in float32, which errs by about 1e-6. Natural logarithms throughout.
+
+Broken models give NaN: a row that holds NaN or +inf has no distribution, so its log-probabilities and entropy are NaN and its tokens have
+no rank (-1). Its best tokens are still the largest numbers, NaN last, so that every row names as many.
 """
 
 from __future__ import annotations
@@ -27,14 +30,16 @@ def logsumexp(logits: NDArray[np.floating]) -> NDArray[np.float64]:
     for rows in row_blocks(*logits.shape):
         block = np.asarray(logits[rows], np.float64)
         top = block.max(axis=-1)
-        out[rows] = top + np.log(np.exp(block - top[:, None]).sum(axis=-1))
+        with np.errstate(invalid="ignore"):
+            out[rows] = top + np.log(np.exp(block - top[:, None]).sum(axis=-1))
     return out
 
 
 def log_softmax(logits: NDArray[np.floating]) -> NDArray[np.float64]:
     """Log-probabilities, (pos, d_vocab) float64: as large as the vocabulary, so call it on a block of rows."""
     block = np.asarray(logits, np.float64)
-    shifted = block - block.max(axis=-1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        shifted = block - block.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
@@ -58,11 +63,11 @@ def top_ids(logits: NDArray[np.floating], k: int) -> NDArray[np.int32]:
     whole = n_vocab // width * width
     for i in range(n_rows):
         row = np.asarray(logits[i])
+        if (missing := np.isnan(row)).any():
+            row = np.where(missing, -np.inf, row)
         maxima = row[:whole].reshape(-1, width).max(axis=-1) if width > 1 else row
         threshold = np.partition(maxima, len(maxima) - k)[len(maxima) - k]
         candidates = np.flatnonzero(row >= threshold)  # ids ascend, so a stable sort breaks ties by id
-        if len(candidates) < k:  # NaN, which compares with nothing
-            candidates = np.arange(n_vocab)
         ids[i] = candidates[np.argsort(-row[candidates], kind="stable")[:k]]
     return ids
 
@@ -116,7 +121,7 @@ def next_token_logprobs(logits: NDArray[np.floating], ids: ArrayLike) -> NDArray
 
 
 def rank_of(logits: NDArray[np.floating], ids: ArrayLike) -> NDArray[np.int32]:
-    """How many tokens stand before the given one: 0 for the best. Equal logits stand in the order of their ids, as in `top_k`.
+    """How many tokens stand before the given one: 0 for the best, -1 in a row that holds NaN. Equal logits stand in the order of their ids, as in `top_k`.
 
     logits: (pos, d_vocab); ids: (pos,) one token per row, or one id for all rows. Returns (pos,) int32.
     """
@@ -129,9 +134,12 @@ def rank_of(logits: NDArray[np.floating], ids: ArrayLike) -> NDArray[np.int32]:
 
 
 def _rank(block: NDArray[np.floating], value: NDArray[np.floating], token: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Columns that stand before the token of each row, whose value is `value` (pos, 1): larger ones, and equal ones with a smaller id."""
+    """Columns that stand before the token of each row, whose value is `value` (pos, 1): larger ones, and equal ones with a smaller id.
+
+    -1 in a row that holds NaN.
+    """
     before = np.count_nonzero(block > value, axis=-1)
     equal = block == value
     for i in np.flatnonzero(np.count_nonzero(equal, axis=-1) > 1):
         before[i] += np.count_nonzero(equal[i, : token[i]])
-    return before
+    return np.where(np.isnan(block.max(axis=-1)), -1, before)

@@ -188,7 +188,7 @@ class Engine(Protocol):
 
 def engine_for(path: Path) -> str:
     """The engine that opens `path`: "gguf" for a file, "hf" for a folder."""
-    return "gguf" if path.suffix.lower() == ".gguf" else "hf"
+    return "gguf" if path.suffix.lower() == ".gguf" and not path.is_dir() else "hf"
 
 
 def open_engine(path: Path, options: OpenOptions = OpenOptions(), engine: str | None = None) -> Engine:

@@ -39,7 +39,9 @@ from backend.engines.gguf_vocab import Vocabulary
 from backend.engines.native import NativeTensor
 from backend.engines.sampling import check_sampling, choose
 from backend.errors import Cancelled, LayerscopeError
+from backend.file_stamps import stamps
 from backend.gguf_header import GgufHeader, model_info, read_header
+from backend.gguf_split import parts_of
 from backend.intervention import Intervention, edits_by_place
 from backend.weight_names import ROTARY_INTERLEAVED
 from backend.weights import open_weights
@@ -57,16 +59,18 @@ class GgufEngine:
 
     def __init__(self, path: Path, options: OpenOptions = OpenOptions(), *, n_ubatch: int = PIECE, editable_weights: bool = False) -> None:
         path = Path(path)
+        opened = stamps(parts_of(path))
         header = read_header(path)
         info = model_info(path, header)
         self._table = architecture(info.architecture)
         if "tokenizer.ggml.tokens" not in header.metadata:
             raise LayerscopeError(f"{path.name} holds no tokenizer (tokenizer.ggml.tokens is missing).")
+        self._files, self._stamps = header.files, opened
         self._options, self._n_ubatch = options, n_ubatch
         self.n_ctx = min(options.n_ctx or DEFAULT_CONTEXT, info.n_ctx)
         self._context: Context | None = None
         self._unembedding: Unembedding | None = None
-        self._model = Model(path, options, editable_weights)
+        self._model = Model(header.files[0], options, editable_weights)
         try:
             self._weights = open_weights(path)
             self._vocabulary = Vocabulary(self._model)
@@ -102,6 +106,7 @@ class GgufEngine:
         An edit whose meaning spans positions (a mean over them, an array with a position axis, an attention map), and a native
         tensor, make the prompt run whole instead of in pieces.
         """
+        self._check_unchanged()
         check_request(self.info, self.places, request, ids, self.n_ctx)
         natives = Natives(self.info, request.native, self._nodes, sink)
         tap = self._tap(request, sink, edits, should_stop, len(ids))
@@ -116,6 +121,7 @@ class GgufEngine:
         Positions of edits are absolute; negative ones count from the end of the prompt. An edit without positions holds for new
         tokens too. Raises LayerscopeError when prompt and new tokens together exceed the context.
         """
+        self._check_unchanged()
         check_request(self.info, self.places, Request(()), ids, self.n_ctx)
         if len(ids) + n > self.n_ctx:
             raise LayerscopeError(f"A prompt of {len(ids):,} tokens and {n:,} new ones are more than the {self.n_ctx:,} of the context.")
@@ -157,6 +163,11 @@ class GgufEngine:
             self._context.close()
         self._context = None
         self._model.close()
+
+    def _check_unchanged(self) -> None:
+        """llama.cpp maps the file and weights are read from it when asked for: of another file they would be a mixture, of a shorter one a crash."""
+        if stamps(self._files) != self._stamps:
+            raise LayerscopeError(f"The file of {self.info.name} has changed since it was opened; open it again.")
 
     def _find_places(self, header: GgufHeader) -> dict[Where, Place]:
         """Run a few tokens, noting every node of the graph; a node of known size proves that tensors are laid out as ggml.py says."""

@@ -7,6 +7,7 @@ them would make the other numbers depend on what is captured. Here a run gives t
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ _PAD = 256  # llama.cpp rounds a context up to this many tokens
 
 
 class Model:
-    """A loaded GGUF file, its quantized weights in the layout of the file.
+    """A loaded GGUF file (of a split one the first part: llama.cpp finds the others by name), its quantized weights in the layout of the file.
 
     llama.cpp would repack them for faster kernels (use_extra_bufts). That is off: it keeps a second copy, a write to a repacked
     weight kills the process, and so does its AMX kernel on machines that report AMX to the program but do not let it be used.
@@ -37,7 +38,7 @@ class Model:
         if editable_weights:
             params.load_mode = self.llama.LLAMA_LOAD_MODE_NONE
         forget_errors()
-        self.pointer: Any = self.llama.llama_model_load_from_file(str(path).encode(), params)
+        self.pointer: Any = self.llama.llama_model_load_from_file(os.fsencode(path), params)
         if not self.pointer:
             raise LayerscopeError(f"llama.cpp cannot load {path.name}: {first_error()}.")
         self.name, self.n_gpu_layers = path.name, int(params.n_gpu_layers)

@@ -9,6 +9,7 @@ from typing import Any
 
 from backend.engines.gguf_context import Model
 from backend.errors import LayerscopeError
+from backend.prompt_text import prompt_bytes
 
 _MAX_TEXT_BYTES = 64 << 20
 
@@ -30,10 +31,7 @@ class Vocabulary:
 
     def tokenize(self, text: str, add_bos: bool | None = None) -> list[int]:
         """Ids of `text`; what looks like a special token is plain text. add_bos None: as the file asks."""
-        try:
-            raw = text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise LayerscopeError(f"The prompt holds {text[error.start]!r}, which is half a character and no Unicode text.") from None
+        raw = prompt_bytes(text)
         if len(raw) > _MAX_TEXT_BYTES:
             raise LayerscopeError(f"The prompt has {len(raw):,} bytes, the limit is {_MAX_TEXT_BYTES:,}.")
         room = len(raw) + 16

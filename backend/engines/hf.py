@@ -56,6 +56,8 @@ class HfEngine:
 
         info = model_info(path)
         self._tokenizer = HfTokenizer(path)
+        if self._tokenizer.size > info.d_vocab:
+            raise LayerscopeError(f"The tokenizer of {path.name} has {self._tokenizer.size:,} tokens, and the embedding has {info.d_vocab:,} rows.")
         bits = quantization(options, path)
         self.device = _device("cuda" if bits and options.device == "auto" else options.device)
         if options.n_threads:
@@ -151,15 +153,16 @@ class HfEngine:
 
         norm, unembed = self._model.get_submodule(self._row.final_norm), self._model.get_submodule(self._row.unembed)
         rows = np.ascontiguousarray(resid, dtype=np.float32).reshape(-1, resid.shape[-1])
+        # `forward`, not a call: while a run is on, hooks hang at these modules, and would hand out (or edit) this as if it were the run's.
         with _no_grad():
             # The pieces of a run, so that the last layer's lens and the model's own logits agree to the bit.
             pieces = [torch.from_numpy(rows[i : i + PIECE]).to(self.device, self._model.dtype) for i in range(0, len(rows), PIECE)]
             if tokens is None:
-                logits = [unembed(norm(piece[None]))[0] for piece in pieces]
+                logits = [unembed.forward(norm.forward(piece[None]))[0] for piece in pieces]
             else:
                 chosen = torch.from_numpy(tokens).to(self.device)
                 bias = None if unembed.bias is None else unembed.bias[chosen]
-                logits = [torch.nn.functional.linear(norm(piece[None])[0], unembed.weight[chosen], bias) for piece in pieces]
+                logits = [torch.nn.functional.linear(norm.forward(piece[None])[0], unembed.weight[chosen], bias) for piece in pieces]
             ended = [to_numpy(finished(self._row, self._model.config, piece)) for piece in logits]
         return np.concatenate(ended).reshape(*resid.shape[:-1], -1)
 
@@ -278,7 +281,7 @@ def _load(path: Path, device: torch.device, dtype: torch.dtype | str, known: boo
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, attn_implementation=NAME if known else "eager", experts_implementation="eager", use_safetensors=True, local_files_only=True,
-            trust_remote_code=False, output_loading_info=True, **placed,
+            trust_remote_code=False, output_loading_info=True, **placed, ignore_mismatched_sizes=True,  # reported, and refused below by name
         )  # fmt: skip
     except Exception as error:  # transformers and safetensors raise what they like on a damaged folder; the cause is kept
         raise LayerscopeError(f"{path.name} cannot be loaded: {first_line(error)}.") from error
@@ -286,7 +289,7 @@ def _load(path: Path, device: torch.device, dtype: torch.dtype | str, known: boo
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if report[what]:
             names = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report[what])
-            raise LayerscopeError(f"{path.name} does not fit its config.json: {len(names)} {what.removesuffix('_keys')} tensors, the first {names[0]}.")
+            raise LayerscopeError(f"{path.name} does not fit its config.json: {len(names)} {what.removesuffix('_keys')} tensor{'s' * (len(names) > 1)}, the first {names[0]}.")
     return (model if placed else model.to(device)).eval()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from backend.errors import LayerscopeError
+from backend.prompt_text import prompt_bytes
 
 
 def first_line(error: Exception) -> str:
@@ -29,6 +30,11 @@ class HfTokenizer:
             self._tokenizer = _load(folder)
 
     @property
+    def size(self) -> int:
+        """Tokens of the vocabulary itself: words that were added later may lie beyond an embedding that was never enlarged for them."""
+        return self._tokenizer.backend_tokenizer.get_vocab_size(with_added_tokens=False) if self._tokenizer else 0
+
+    @property
     def bos_id(self) -> int | None:
         return self._tokenizer.bos_token_id if self._tokenizer else None
 
@@ -44,6 +50,7 @@ class HfTokenizer:
         """Ids of `text`; what looks like a special token in it is plain text. add_bos None: what the tokenizer does by itself."""
         if self._tokenizer is None:
             raise LayerscopeError(f"{self.folder.name} has no tokenizer.json, so it takes token ids only, not text.")
+        prompt_bytes(text)
         ids: list[int] = self._tokenizer(text, add_special_tokens=add_bos is None, split_special_tokens=True)["input_ids"]
         if add_bos:
             if self.bos_id is None:

@@ -36,7 +36,7 @@ def choose(logits: NDArray[np.float32], sampling: Sampling, rng: np.random.Gener
     Raises LayerscopeError where logits hold NaN or no finite value: there is nothing to choose from.
     """
     if np.isnan(logits).any() or not np.isfinite(logits).any():
-        raise LayerscopeError("The model's logits hold NaN or no finite value, so no token can be chosen.")
+        raise LayerscopeError("The model's logits hold NaN or no finite value, so no token can be chosen; run it with 0 new tokens to see where they begin.")
     if sampling.temperature == 0:
         return int(np.argmax(logits))
     order = np.argsort(-logits, kind="stable")

@@ -31,6 +31,7 @@ from backend.experiments.aside import Aside
 from backend.experiments.logit_lens import AUTO_BUDGET, compute_lens, cost, lens_rows
 from backend.intervention import Intervention, edits_by_place
 from backend.notes import notes
+from backend.prompt_text import check_label
 from backend.sites import ALL_SITES, NATIVE, SITES, STANDARD_SITES, resolve_sites, split_native
 from backend.trace_writer import TraceWriter
 
@@ -67,6 +68,9 @@ def capture(engine: Engine, spec: CaptureSpec, folder: Path, *, progress: Progre
     Raises LayerscopeError for anything the user can mend (nothing is left on disk), Cancelled when should_stop() says so.
     """
     started = time.perf_counter()
+    check_label(spec.category, "The category")
+    for tag in spec.tags:
+        check_label(tag, "A tag")
     prompt_ids = list(spec.token_ids) if spec.token_ids is not None else _tokenize(engine, spec.prompt)
     request = _request(engine, spec)
     native = [NATIVE + name for name in request.native]
@@ -86,7 +90,7 @@ def capture(engine: Engine, spec: CaptureSpec, folder: Path, *, progress: Progre
         ids = prompt_ids + engine.generate(prompt_ids, spec.max_new_tokens, spec.sampling, count, edits, should_stop)
         timings["generate_s"] = time.perf_counter() - started
     _check_disk(engine, request, len(ids), folder, spec.precision)
-    with TraceWriter(folder, engine.info, len(ids), spec.precision, trace_id, spec.rows) as writer, ExitStack() as stack:
+    with _quiet(), TraceWriter(folder, engine.info, len(ids), spec.precision, trace_id, spec.rows) as writer, ExitStack() as stack:
         logits = stack.enter_context(_LogitStore(len(ids), engine.info.d_vocab, folder)) if _wants_lens(engine, spec, request, len(ids)) else None
         run = _Run(engine, edits, ids, writer, logits, progress, keep_logits="logits" in request.sites)
         mark = time.perf_counter()
@@ -124,6 +128,11 @@ def capture(engine: Engine, spec: CaptureSpec, folder: Path, *, progress: Progre
     return path
 
 
+def _quiet() -> np.errstate:
+    """Broken weights give NaN and infinities: the integrity report names them, so NumPy need not warn of each. A setting of each thread's own."""
+    return np.errstate(invalid="ignore", over="ignore")
+
+
 class _Run:
     """Receives the pieces of one forward pass: checks them, stores them, and computes what needs the full-precision values."""
 
@@ -141,6 +150,7 @@ class _Run:
         self._layer = -1
         self._piece = 0  # positions in the first piece: as many as in every other but the last
 
+    @_quiet()
     def take(self, piece: Piece) -> None:
         """Check, store and summarise one piece; its values are this run's own."""
         if isinstance(piece, NativePiece):
@@ -195,8 +205,13 @@ def summaries(logits: NDArray[np.float32], start: int, ids: list[int]) -> list[d
     """`logits.summary` of the positions from `start` on, in blocks of rows, on both cores: nothing else runs any more at the end of a prompt."""
     following = np.asarray([*ids[start + 1 : start + 1 + len(logits)], 0][: len(logits)])
     blocks = [slice(i, i + _SUMMARY_ROWS) for i in range(0, len(logits), _SUMMARY_ROWS)]
+
+    @_quiet()
+    def of(rows: slice) -> dict[str, NDArray[Any]]:
+        return logits_analysis.summary(logits[rows], following[rows], TOP_K)
+
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda rows: logits_analysis.summary(logits[rows], following[rows], TOP_K), blocks))
+        return list(pool.map(of, blocks))
 
 
 def _wants_lens(engine: Engine, spec: CaptureSpec, request: Request, n_tokens: int) -> bool:

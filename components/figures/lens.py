@@ -76,15 +76,15 @@ def depth_curves(curves: Mapping[str, NDArray[np.floating]], rows: Sequence[str]
 
 
 def target_curves(logprobs: NDArray[np.floating], ranks: NDArray[np.integer], rows: Sequence[str], token: str, theme: str = "light") -> go.Figure:
-    """Probability and rank of one token at one position through depth. logprobs (row,) in nats; ranks (row,) from 0, drawn from 1."""
+    """Probability and rank of one token at one position through depth. logprobs (row,) in nats; ranks (row,) from 0, drawn from 1; -1: none."""
     probability, rank = f"probability of {token}", f"rank of {token}, 1 = best"
-    curves = {probability: np.exp(logprobs.astype(np.float64)), rank: ranks.astype(np.float64) + 1}
+    curves = {probability: np.exp(logprobs.astype(np.float64)), rank: np.where(ranks >= 0, ranks + 1.0, np.nan)}
     return depth_curves(curves, rows, theme, ranks=(rank,), side_by_side=True)
 
 
 def _rank_axis(ranks: NDArray[np.floating]) -> dict[str, Any]:
     """A log axis from just above rank 1 at the top to the worst rank, marked at powers of ten."""
-    decades = max(1.0, float(np.ceil(np.log10(np.nanmax(ranks)))))
+    decades = max(1.0, float(np.ceil(np.log10(max(ranks[np.isfinite(ranks)], default=1.0)))))
     marks = [10**d for d in range(int(decades) + 1)]
     return {"type": "log", "range": [decades, -0.12], "tickmode": "array", "tickvals": marks, "ticktext": [f"{m:,}" for m in marks], "zeroline": False}
 
@@ -120,7 +120,8 @@ def _cell_text(token: str, value: float, mode: str) -> str:
 def _hover(row: str, position: int, label: str, texts: Sequence[str], logprobs: NDArray[np.floating], value: float, mode: str, following: str | None) -> str:
     lines = [f"{row_label(row)} at {escape(label)} (position {position})"]
     if mode == "rank":
-        lines.append(f"{escape(following or '')} really follows: rank {int(value) + 1:,}" if value >= 0 else "nothing follows")
+        rank = f"rank {int(value) + 1:,}" if value >= 0 else "no rank among NaN"
+        lines.append(f"{escape(following or '')} really follows: {rank}" if value >= 0 or following else "nothing follows")
     elif mode != "probability":
         lines.append(f"{MODES[mode]} {number(float(value))}")
     lines += [f"{np.exp(float(lp)):8.4f}  {escape(text)}" for text, lp in zip(texts, logprobs, strict=True)]

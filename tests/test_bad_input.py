@@ -1,0 +1,136 @@
+"""Claims that hold for every architecture in both engines: bad input is one sentence and leaves nothing behind, odd input runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from backend.engines import Engine, OpenOptions, Request, Sampling, open_engine
+from backend.errors import LayerscopeError
+from backend.experiments.capture import CaptureSpec, capture
+from backend.hf_config import safetensors_header
+from backend.intervention import Intervention
+from backend.model_files import describe
+from backend.trace import open_trace
+from tests.test_engines_agree import KINDS
+from tests.test_hf_engine import capture as values_of
+from tests.tiny_models import TinyModel
+
+OPTIONS = OpenOptions(device="cpu", n_gpu_layers=0, kv_cache="f32", n_threads=2)
+IDS = [0, 290, 284, 280, 31]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def tiny(request: pytest.FixtureRequest, tiny_model: Callable[[str], TinyModel]) -> TinyModel:
+    return tiny_model(request.param)
+
+
+@pytest.fixture(scope="module", params=["hf", "gguf"])
+def engine(request: pytest.FixtureRequest, tiny: TinyModel) -> Iterator[Engine]:
+    engine = open_engine(getattr(tiny, request.param), OPTIONS)
+    yield engine
+    engine.close()
+
+
+def spec(**settings: Any) -> CaptureSpec:
+    return CaptureSpec(**{"token_ids": tuple(IDS), **settings})
+
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"token_ids": ()}, r"The prompt is empty: it has 0 tokens"),
+    ({"token_ids": None, "prompt": ""}, r"The prompt is empty; type at least one character"),
+    ({"token_ids": (0,) * 1025}, r"1,025 tokens, more than the 1,024 of the context"),
+    ({"token_ids": (0,) * 1000, "max_new_tokens": 25}, r"1,000 tokens and 25 new ones are more than the 1,024"),
+    ({"token_ids": (0, 320)}, r"Token id 320 is outside the vocabulary of 320"),
+    ({"token_ids": (0, -1)}, r"Token id -1 is outside the vocabulary of 320"),
+    ({"token_ids": (0, 1 << 40)}, r"Token id 1099511627776 is outside the vocabulary"),
+    ({"token_ids": (0, 320), "max_new_tokens": 2}, r"Token id 320 is outside"),
+    ({"max_new_tokens": -1}, r"number of new tokens is -1; it must be 0 or more"),
+    ({"sites": ("attn_patern",)}, r"There is no site 'attn_patern'.* Did you mean attn_pattern"),
+    ({"layers": (0, 99)}, r"Layer 99 is outside 0-"),
+    ({"layers": (-1,)}, r"Layer -1 is outside 0-"),
+    ({"precision": "float8"}, r"Precision 'float8' is neither float16 nor float32"),
+    ({"interventions": (Intervention("z", 99, "zero"),)}, r"Layer 99 of an edit is outside 0-"),
+    ({"interventions": (Intervention("z", 0, "zero", head=99),)}, r"Head 99 of an edit is outside 0-3"),
+    ({"interventions": (Intervention("z", 0, "zero", pos=99),)}, r"Position 99 of an edit is outside 0-4"),
+    ({"interventions": (Intervention("resid_post", 0, "set", np.zeros(7)),)}, r"shape \(7,\)"),
+    ({"token_ids": None, "prompt": "half \ud800 a character"}, r"half a character and no Unicode text"),
+    ({"category": "a\0b"}, r"The category holds a NUL character"),
+    ({"category": "\ud800"}, r"The category holds '\\ud800', which is half a character"),
+    ({"tags": ("fine", "\udcff")}, r"A tag holds '\\udcff', which is half a character"),
+    ({"token_ids": None, "prompt": "\udfff"}, r"half a character and no Unicode text"),
+]
+
+
+def test_bad_requests_are_one_sentence_leave_nothing_and_the_engine_answers_as_before(engine: Engine, tmp_path: Path) -> None:
+    before = values_of(engine, IDS)
+    for settings, sentence in REFUSED:
+        with pytest.raises(LayerscopeError, match=sentence) as refusal:
+            capture(engine, spec(**settings), tmp_path)
+        assert "\n" not in str(refusal.value), settings
+        assert list(tmp_path.iterdir()) == [], settings
+    after = values_of(engine, IDS)
+    assert set(before) == set(after) and all(np.array_equal(before[key], after[key]) for key in before)
+
+
+def test_a_site_that_the_architecture_lacks_is_refused_with_those_it_has(engine: Engine, tmp_path: Path) -> None:
+    site = next(site for site in ("router_logits", "mlp_pre", "rot_k", "resid_mid") if site not in engine.sites)
+    with pytest.raises(LayerscopeError, match=f"has no site '{site}'; it has attn_out, "):
+        capture(engine, spec(sites=(site,)), tmp_path)
+    with pytest.raises(LayerscopeError, match=f"has no site '{site}'.* to edit"):
+        capture(engine, spec(interventions=(Intervention(site, 0, "zero"),)), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ids", [(290,), (0, 1, 1)])
+def test_a_prompt_of_one_token_or_of_special_tokens_alone_is_a_whole_trace(engine: Engine, tmp_path: Path, ids: tuple[int, ...]) -> None:
+    with open_trace(capture(engine, spec(token_ids=ids, sites=("all",), max_new_tokens=2, sampling=Sampling(seed=1)), tmp_path)) as trace:
+        assert tuple(trace.token_ids[: len(ids)]) == ids and len(trace.token_texts) == trace.n_tokens
+        assert {name: check for name, check in trace.integrity.items() if not check["ok"]} == {}
+        assert trace.integrity["unembed"]["checked"] and trace.integrity["pattern_rows"]["checked"]
+
+
+@pytest.mark.parametrize("prompt", ["a\0b\0", "\ufeff\u202e\u200b\U0001f469\u200d\U0001f52c\r\n\t <s></s> "])
+def test_odd_text_is_kept_as_it_was_typed(engine: Engine, tmp_path: Path, prompt: str) -> None:
+    with open_trace(capture(engine, CaptureSpec(prompt=prompt), tmp_path)) as trace:
+        assert trace.prompt == prompt
+        assert engine.detokenize(trace.token_ids) == prompt and 1 not in trace.token_ids
+
+
+def test_a_damaged_file_is_refused_before_any_library_sees_it(tiny: TinyModel, tmp_path: Path) -> None:
+    """Cut in the header and in the weights, and junk in place of the header: for the file, and for the folder's weights."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tiny.hf / name).read_bytes())
+    weights = tiny.hf / "model.safetensors"
+    header_end = min(entry.start for entry in safetensors_header(weights).values())
+    for source, target, opened, end in ((tiny.gguf, tmp_path / "x.gguf", tmp_path / "x.gguf", 4000), (weights, folder / "model.safetensors", folder, header_end)):
+        data = source.read_bytes()
+        junk = rng.integers(0, 256, end, np.uint8).tobytes()
+        for bad in (b"", data[:3], data[: end // 2], data[:-1], data[: len(data) // 2], junk, data[:8] + junk, junk + data[end:]):
+            target.write_bytes(bad)
+            with pytest.raises(LayerscopeError) as refusal:
+                describe(opened)
+            assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 400
+        target.write_bytes(data)
+        assert describe(opened).n_layers == describe(tiny.hf).n_layers
+
+
+def test_a_layer_or_token_beyond_the_model_is_refused_by_the_engine_itself(engine: Engine) -> None:
+    for ids, request, sentence in (
+        ([], Request(("logits",)), "The prompt is empty"),
+        (IDS, Request(("z",), (engine.info.n_layers,)), f"Layer {engine.info.n_layers} is outside 0-{engine.info.n_layers - 1}"),
+        ([engine.info.d_vocab], Request(("z",)), f"Token id {engine.info.d_vocab} is outside"),
+    ):
+        with pytest.raises(LayerscopeError, match=sentence):
+            engine.run(ids, request, lambda piece: None)
+    with pytest.raises(LayerscopeError, match="has no weight 'blocks.99.ln1.w'"):
+        engine.weight("blocks.99.ln1.w")
+    for text in (engine.token_texts([5]), [engine.detokenize([])]):
+        assert all(isinstance(each, str) for each in text)
