@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import sys
 import time
 
+from bench.models import FOLDER
 from bench.report import keep, markdown, write_document
 
 PARTS = ("gguf", "hf", "size", "growth", "gpu", "peers")
@@ -16,6 +18,7 @@ def main(wanted: list[str]) -> None:
     unknown = sorted(set(wanted) - set(PARTS))
     if unknown:
         raise SystemExit(f"There is no part {unknown[0]!r}; the parts are {', '.join(PARTS)}.")
+    shutil.rmtree(FOLDER / "traces", ignore_errors=True)  # what an interrupted run left
     for part in wanted or PARTS:
         start, load = time.perf_counter(), os.getloadavg()[0]
         section = importlib.import_module(f"bench.{part}").section()

@@ -110,8 +110,10 @@ def machine() -> str:
     """Cores, memory, versions and date, in one sentence."""
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in _PACKAGES)
     peers = ", ".join(line.replace("==", " ") for line in PEERS_REQUIREMENTS.read_text().splitlines() if line.startswith(("transformer-lens", "nnsight")))
+    # Waiting threads spin by default, which costs most where others want the cores; who changes that says so.
+    waiting = f"; OMP_WAIT_POLICY={os.environ['OMP_WAIT_POLICY']}" if "OMP_WAIT_POLICY" in os.environ else ""
     system = f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"
-    return f"{_cpu()}, {n_threads()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB of memory, {system}, {versions}; peers: {peers}"
+    return f"{_cpu()}, {n_threads()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB of memory, {system}, {versions}; peers: {peers}{waiting}"
 
 
 def _cpu() -> str:
