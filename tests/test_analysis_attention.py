@@ -135,7 +135,7 @@ def test_a_short_prompt_is_painted_cell_by_cell():
 
 def test_thumbnails_from_pieces_equal_the_thumbnail_of_the_whole():
     pattern = causal(np.random.default_rng(4), 2, 101)
-    painted = np.zeros((2, 48, 48), np.uint8)
+    painted = np.zeros((2, *2 * (attention.thumbnail_side(101),)), np.uint8)
     for start in range(0, 101, 13):
         stop = min(start + 13, 101)
         attention.add_to_thumbnails(painted, pattern[:, start:stop, :stop], start, 101)

@@ -37,7 +37,7 @@ Array = NDArray[Any]
 Place = tuple[str, int | None]
 
 SAMPLED_ROWS = 32  # positions of a piece that go through a matrix of the model; the arithmetic checks take all of them
-_BLOCK = 32  # rows of a pattern whose diagonal is looked at as one square
+_BLOCK = 64  # rows of a pattern whose diagonal is looked at as one square
 SAMPLED_OUTPUTS = 64  # rows of W_O and W_U that those positions go through; every head and every channel enters each of them
 
 TITLES = {

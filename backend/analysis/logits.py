@@ -138,8 +138,8 @@ def _rank(block: NDArray[np.floating], value: NDArray[np.floating], token: NDArr
 
     -1 in a row that holds NaN.
     """
-    before = np.count_nonzero(block > value, axis=-1)
-    equal = block == value
-    for i in np.flatnonzero(np.count_nonzero(equal, axis=-1) > 1):
-        before[i] += np.count_nonzero(equal[i, : token[i]])
+    before = np.empty(len(block), np.int64)
+    for i, row in enumerate(block):  # a row at a time: counting along an axis is several times slower
+        equal = row[: token[i]] == value[i]
+        before[i] = np.count_nonzero(row > value[i]) + np.count_nonzero(equal)
     return np.where(np.isnan(block.max(axis=-1)), -1, before)

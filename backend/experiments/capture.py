@@ -182,7 +182,7 @@ class _Run:
         thumbs = self.thumbs.setdefault(layer, _blank_thumbnails(self._n_heads, len(self.ids)))
         self._heads[layer] = list(piece.heads or range(self._n_heads))
         painted = thumbs[self._heads[layer]]
-        attention_analysis.add_to_thumbnails(painted, piece.values, piece.start, len(self.ids))
+        attention_analysis.add_to_thumbnails(painted, piece.values, piece.start, len(self.ids), THUMBNAIL_SIZE)
         thumbs[self._heads[layer]] = painted
 
     def predictions(self) -> dict[str, NDArray[Any]]:
@@ -260,7 +260,7 @@ def _weight_or_none(engine: Engine) -> Callable[[str, NDArray[np.int64]], NDArra
 
 
 def _blank_thumbnails(n_heads: int, n_tokens: int) -> NDArray[np.uint8]:
-    side = min(THUMBNAIL_SIZE, n_tokens)
+    side = attention_analysis.thumbnail_side(n_tokens, THUMBNAIL_SIZE)
     return np.zeros((n_heads, side, side), np.uint8)
 
 
