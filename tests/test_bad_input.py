@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import struct
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
@@ -20,6 +27,7 @@ from tests.test_engines_agree import KINDS
 from tests.test_hf_engine import capture as values_of
 from tests.tiny_models import TinyModel
 
+ROOT = Path(__file__).parent.parent
 OPTIONS = OpenOptions(device="cpu", n_gpu_layers=0, kv_cache="f32", n_threads=2)
 IDS = [0, 290, 284, 280, 31]
 
@@ -134,3 +142,53 @@ def test_a_layer_or_token_beyond_the_model_is_refused_by_the_engine_itself(engin
         engine.weight("blocks.99.ln1.w")
     for text in (engine.token_texts([5]), [engine.detokenize([])]):
         assert all(isinstance(each, str) for each in text)
+
+
+# Numbers in a header that llama.cpp takes for granted: whatever they are, the process lives
+
+_NUMBERS = {4: "<I", 5: "<i", 6: "<f", 10: "<Q", 11: "<q"}
+_WHOLE = (0, 1, 2, 3, 5, 7, 511, 513, 1024, 4096, 1 << 20, 1 << 30, (1 << 31) - 1)
+_REAL = (0.0, -1.0, float("nan"), float("inf"), 1e30, 1e-30)
+
+
+def opened_and_run(path: Path) -> None:
+    """In a process of its own: open the model and run it, or be refused; anything else is another exit code."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    try:
+        describe(path)
+        engine = open_engine(path, replace(OPTIONS, n_threads=1))
+        engine.run([0, 5, 7], Request(tuple(engine.sites)), lambda piece: None)
+    except LayerscopeError:
+        os._exit(0)
+    except BaseException:  # noqa: BLE001 - the exit code says it
+        os._exit(1)
+    os._exit(0)
+
+
+def try_every_number(source: Path, path: Path) -> None:
+    """Write `source` to `path` with one number of its header changed, and open it in a forked process; writes what ended otherwise than it may."""
+    data = source.read_bytes()
+    for name, field in gguf.GGUFReader(source).fields.items():
+        kind = int(field.types[0]) if field.types else -1
+        if name.startswith("GGUF.") or kind not in _NUMBERS:
+            continue
+        at, old = field.offset + 12 + len(name.encode()), field.contents()
+        for value in _REAL if kind == 6 else {*_WHOLE, old - 1, old + 1, old * 2} - {old, -1}:
+            path.write_bytes(data[:at] + struct.pack(_NUMBERS[kind], value) + data[at + struct.calcsize(_NUMBERS[kind]) :])
+            child = os.fork()
+            if child == 0:
+                signal.alarm(30)
+                opened_and_run(path)
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            if code:
+                sys.stdout.write(f"{name} = {value}: {code}\n")
+
+
+@pytest.mark.fuzz
+@pytest.mark.timeout(900)
+def test_no_number_in_a_header_ends_the_process(tiny: TinyModel, tmp_path: Path) -> None:
+    """Forked from a process without threads: OpenMP's do not survive a fork."""
+    code = "import sys; from pathlib import Path; import llama_cpp; from tests.test_bad_input import try_every_number; try_every_number(*map(Path, sys.argv[1:]))"
+    environment = {**os.environ, "GGML_NO_BACKTRACE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code, str(tiny.gguf), str(tmp_path / "case.gguf")], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("", 0), done.stderr[-2000:]
