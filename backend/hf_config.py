@@ -409,9 +409,10 @@ def _check_shapes(folder: Folder, sizes: Mapping[str, int]) -> None:
     if present and absent:
         raise LayerscopeError(f"{name} does not fit its config.json: {folder.keys.n_layers} = {sizes['n_layers']}, and the tensors of layer {min(absent)} are missing.")
     q, kv = sizes["n_heads"] * sizes["d_head"], sizes["n_kv_heads"] * sizes["d_head"]
+    z = sizes["n_heads"] * (sizes["d_head_v"] or sizes["d_head"])
     names = {"embed.W_E": folder.keys.embed} | dict(HF_NAMES.get(folder.config["model_type"], {}))
     shapes = {"embed.W_E": (sizes["d_vocab"], d_model), "unembed.W_U": (sizes["d_vocab"], d_model)}
-    shapes |= {f"blocks.{{}}.attn.W_{x}": (rows, d_model) for x, rows in (("Q", q), ("K", kv), ("V", kv))} | {"blocks.{}.attn.W_O": (d_model, q)}
+    shapes |= {f"blocks.{{}}.attn.W_{x}": (rows, d_model) for x, rows in (("Q", q), ("K", kv), ("V", kv))} | {"blocks.{}.attn.W_O": (d_model, z)}
     for canonical, want in shapes.items():
         stored = names.get(canonical)
         if not isinstance(stored, str):

@@ -151,6 +151,7 @@ def run_form(models: Sequence[Any], model: str | None, prompt: str, sites: Seque
                                                       className="text-input"), "list them with: python -m backend nodes", id="run-native"),
                 ],
                 id="run-sites-field",
+                className="field-stack",
                 hidden=not sites,
             ),
             html.Details([html.Summary("More"), _more()], className="more"),
