@@ -33,7 +33,7 @@ MAX_WIDTH, MAX_VOCAB = 1 << 20, 1 << 24
 _ROTARY_IS_WHOLE = frozenset((
     "apertus", "arcee", "arctic", "baichuan", "chameleon", "codeshell", "cohere2moe", "dbrx", "deepseek", "dots1", "ernie4_5", "ernie4_5-moe",
     "exaone", "exaone4", "exaone-moe", "falcon", "granite", "grok", "grovemoe", "hunyuan-moe", "internlm2", "jais2", "llama", "llama4", "maincoder",
-    "mellum", "minimax-m2", "mistral3", "olmo", "olmo2", "olmoe", "orion", "pangu-embedded", "plamo", "qwen2", "qwen2moe", "qwen3",
+    "mellum", "mistral3", "olmo", "olmo2", "olmoe", "orion", "pangu-embedded", "plamo", "qwen2", "qwen2moe", "qwen3",
     "qwen3moe", "seed_oss", "smallthinker", "smollm3", "starcoder2", "xverse",
 ))  # fmt: skip
 _HEADS_ARE_PLAIN = _ROTARY_IS_WHOLE | frozenset((
