@@ -69,7 +69,7 @@ def lens_missing(trace: Trace) -> html.Div:
     cost = float(len(trace.layers("resid_post"))) * trace.n_tokens * info.d_model * info.d_vocab
     at_once = cost <= _AT_ONCE
     seconds = max(1, round(cost / _PER_SECOND))
-    price = f"about {seconds:,} seconds" if seconds < 120 else f"about {seconds // 60:,} minutes"
+    price = "about a second" if seconds == 1 else f"about {seconds:,} seconds" if seconds < 120 else f"about {seconds // 60:,} minutes"
     words = f"Every layer goes through the final norm and the unembedding once: {price} on two cores. It is kept afterwards."
     button = html.Button("Compute it", id="lens-compute", className="btn btn-primary", n_clicks=1 if at_once else 0)
     return html.Div(
