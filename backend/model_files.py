@@ -10,6 +10,7 @@ The command line and the Python API may name any path.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import tomllib
 from collections.abc import Iterable, Iterator
@@ -141,6 +142,11 @@ def _fingerprint(path: Path) -> tuple[Any, ...]:
         return str(path), *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
     except OSError as error:
         return str(path), error.errno
+
+
+def identity(path: Path) -> str:
+    """A name for the bytes at `path` as far as size and time tell them apart: what was computed from a model is kept under it."""
+    return hashlib.sha256(repr((os.path.realpath(path), *_fingerprint(path)[1:])).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 class Shelf:

@@ -9,6 +9,12 @@ from backend.errors import LayerscopeError
 
 FORMAT = 1  # of `to_json`
 
+
+def graph_key(identity: str) -> tuple[str | int, ...]:
+    """Where the derived cache keeps the graph of the file of that identity (backend.model_files.identity)."""
+    return ("graph", FORMAT, identity)
+
+
 Kind = Literal["op", "module", "weight", "input", "cache", "copy"]
 EXECUTED = ("op", "module", "copy")
 
@@ -94,7 +100,7 @@ class ModelGraph:
         """Inverse of `to_json`. Raises LayerscopeError for another format."""
         if data.get("format") != FORMAT:
             raise LayerscopeError(f"A graph of format {str(data.get('format'))[:20]} cannot be read; this version reads format {FORMAT}.")
-        nodes = tuple(GraphNode(**{**row, **{key: tuple(row[key]) for key in ("shape", "sources", "after")}, "sites": tuple((s, at) for s, at in row["sites"])}) for row in data["nodes"])
+        nodes = tuple(GraphNode(**{**row, **{key: tuple(row[key]) for key in ("shape", "sources", "after")}, "sites": tuple(map(tuple, row["sites"]))}) for row in data["nodes"])
         modules = tuple(ModuleCall(**{**row, **{key: tuple(map(tuple, row[key])) for key in ("inputs", "outputs")}}) for row in data["modules"])
         plain = {field.name: data[field.name] for field in fields(cls) if field.name not in ("nodes", "modules")}
         return cls(**plain, nodes=nodes, modules=modules)

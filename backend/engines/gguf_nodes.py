@@ -52,12 +52,12 @@ class Recorder:
 
     def with_sites(self, places: Mapping[Where, Place]) -> tuple[GraphNode, ...]:
         """The nodes, each with its layer and the sites that a capture reads at it."""
-        self._settle_layers()
         sites: dict[int, list[Where]] = {}
         for where, place in places.items():
             fits = [i for i, seen in self._seen if seen.op == place.op and (place.weight in seen.operands if place.weight else seen.name == place.name)]
             if fits:
                 sites.setdefault(fits[-1], []).append(where)
+        self._settle_layers({i for i, wheres in sites.items() if any(site == "resid_post" for site, _ in wheres)})
         return tuple(replace(node, sites=tuple(sites.get(node.id, ()))) for node in self.nodes)
 
     def _id_of(self, address: int) -> int:
@@ -102,16 +102,22 @@ class Recorder:
             return max(by_weight, default=None)
         return max((node.layer for node in taken if node.layer is not None), default=None)
 
-    def _settle_layers(self) -> None:
-        """Some norms inside a block are named as if they were outside: what comes from a layer and goes to that layer alone belongs to it."""
-        consumers: dict[int, set[int | None]] = {}
+    def _settle_layers(self, ends: set[int]) -> None:
+        """What the names leave open. `ends`: the last node of each block.
+
+        Some norms inside a block are named as if they were outside: what comes from a layer and goes to that layer alone belongs to it.
+        A node without a name that takes the end of a block and goes to the next block alone belongs to that one.
+        """
+        goes_to: dict[int, set[int | None]] = {}
         for node in reversed(self.nodes):
-            if node.kind == "op" and node.layer is None:
-                (goes_to,) = consumers[node.id] if len(consumers.get(node.id, ())) == 1 else (None,)
-                if goes_to is not None and goes_to in (self.nodes[i].layer for i in node.sources):
-                    node = self.nodes[node.id] = replace(node, layer=goes_to)
+            layers = goes_to.get(node.id, set())
+            only = next(iter(layers)) if len(layers) == 1 else None
+            inside = node.layer is None and only in (self.nodes[i].layer for i in node.sources)
+            begins = node.layer is not None and not layer_of(node.name)[0] and only == node.layer + 1 and bool(ends & set(node.sources))
+            if node.kind == "op" and only is not None and (inside or begins):
+                node = self.nodes[node.id] = replace(node, layer=only)
             for source in node.sources:
-                consumers.setdefault(source, set()).add(node.layer)
+                goes_to.setdefault(source, set()).add(node.layer)
 
 
 def layer_of(name: str) -> tuple[bool, int | None]:

@@ -47,7 +47,8 @@ class Recorder:
         self.calls: dict[str, _Call] = {}
         pattern = re.escape(row.layer).replace(r"\{\}", r"(\d+)")
         self._layer = re.compile(rf"(?:{pattern})(?:\.|$)")
-        self._names = {id(tensor): (name, "weight") for name, tensor in model.named_parameters()} | {id(tensor): (name, "input") for name, tensor in model.named_buffers()}
+        self._names: dict[int, tuple[str, Kind]] = {id(tensor): (name, "weight") for name, tensor in model.named_parameters()}
+        self._names |= {id(tensor): (name, "input") for name, tensor in model.named_buffers()}
         self._made_by: dict[int, int] = {}  # identity of a tensor -> id of its node
         self._writer: dict[int, int] = {}  # address of memory -> id of the last node that wrote into it
         self._kept: list[Any] = []
@@ -104,7 +105,8 @@ class Recorder:
     def _add_module(self, call: _Call, module: nn.Module, given: list[Tensor]) -> None:
         """One node for a module without children: its sources are what it read. One that hands on what it was given (dropout at rest) is a view."""
         first, detail = given[0] if given else None, ", ".join(dict.fromkeys(call.operators))
-        number = self._append("module", call.path, type(module).__name__, first, tuple(dict.fromkeys(call.sources or call.inputs)), module=call.path, detail=detail, view=not detail)
+        sources = tuple(dict.fromkeys(call.sources or call.inputs))
+        number = self._append("module", call.path, type(module).__name__, first, sources, module=call.path, detail=detail, view=not detail)
         for tensor in given:
             self._made_by[id(tensor)] = number
 
@@ -145,12 +147,12 @@ class Recorder:
     def _id_of(self, tensor: Tensor) -> int:
         """The node that made a tensor; for one that was there before, a node of memory."""
         if id(tensor) not in self._made_by:
-            name, kind = self._names.get(id(tensor), ("input_ids" if not tensor.is_floating_point() else "tensor", "input"))
+            name, kind = self._names.get(id(tensor), ("tensor" if tensor.is_floating_point() else "input_ids", "input"))
             self._kept.append(tensor)
-            self._made_by[id(tensor)] = self._append(kind, name, "", tensor, (), module=name.rpartition(".")[0] if id(tensor) in self._names else "")
+            self._made_by[id(tensor)] = self._append(kind, name, "", tensor, (), module=name.rpartition(".")[0])
         return self._made_by[id(tensor)]
 
-    def _append(self, kind: Kind | str, name: str, op: str, tensor: Tensor | None, sources: tuple[int, ...], **more: Any) -> int:
+    def _append(self, kind: Kind, name: str, op: str, tensor: Tensor | None, sources: tuple[int, ...], **more: Any) -> int:
         number, found = len(self.nodes), self._layer.match(name)
         shape, dtype, device = ((), "", "") if tensor is None else (_shape(tensor), str(tensor.dtype).removeprefix("torch."), str(tensor.device))
         self.nodes.append(GraphNode(number, kind, name, op, shape, dtype, sources, layer=int(found[1]) if found else None, backend=device, **more))
