@@ -6,6 +6,7 @@ characters are spelled out, so that a row can be shown and sent whatever the fil
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,19 +52,21 @@ def metadata_row(key: str, kind: str, value: Any) -> MetadataRow:
     name = plain(key[:KEY_CHARACTERS]) + ("…" if len(key) > KEY_CHARACTERS else "")
     if isinstance(value, str):
         return MetadataRow(name, kind, _readable(value[:TEXT_CHARACTERS]), None, len(value) > TEXT_CHARACTERS)
+    single = "float32" in kind
     if not isinstance(value, Sequence) and not hasattr(value, "tolist"):
-        return MetadataRow(name, kind, _scalar(value))
-    shown = ", ".join(_scalar(item) for item in value[:FIRST_ITEMS])
+        return MetadataRow(name, kind, _scalar(value, single))
+    shown = ", ".join(_scalar(item, single) for item in value[:FIRST_ITEMS])
     return MetadataRow(name, kind, shown, len(value), len(value) > FIRST_ITEMS)
 
 
-def _scalar(value: Any) -> str:
+def _scalar(value: Any, single: bool = False) -> str:
+    """`single`: a float32, whose seven digits are all it has."""
     if isinstance(value, str):
-        return repr(plain(value[:ITEM_CHARACTERS]) + ("…" if len(value) > ITEM_CHARACTERS else "")).replace("\\\\", "\\")
+        return "'" + plain(value[:ITEM_CHARACTERS]) + ("…'" if len(value) > ITEM_CHARACTERS else "'")
     value = value.item() if hasattr(value, "item") else value
-    if isinstance(value, float):
-        return f"{value:.9g}"
-    return plain(str(value)[:ITEM_CHARACTERS])
+    if isinstance(value, float) and single:
+        return f"{value:.7g}"
+    return plain(json.dumps(value, ensure_ascii=False)[:ITEM_CHARACTERS])
 
 
 def _readable(text: str) -> str:

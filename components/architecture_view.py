@@ -77,8 +77,12 @@ def _block(group: BlockGroup, boxes: Sequence[tuple[Part, Any]], facts: Facts) -
 
 
 def differences(parts: Sequence[Part], most: int = 4) -> list[str]:
-    """Where the blocks of a group store the same tensor of these parts differently, by layer."""
-    found = [f"{plain(suffix)}: {plain(kind)} in layers {layer_ranges(layers)}" for part in parts for suffix, kind, layers in type_layers(part)]
+    """Where the blocks of a group store the same tensor of these parts differently: "ffn_down.weight: Q4_K in 0-1; Q6_K in 2-3", by layer."""
+    by_suffix: dict[str, list[str]] = {}
+    for part in parts:
+        for suffix, kind, layers in type_layers(part):
+            by_suffix.setdefault(plain(suffix), []).append(f"{plain(kind)} in {layer_ranges(layers)}")
+    found = [f"{suffix}: {'; '.join(kinds)}" for suffix, kinds in by_suffix.items()]
     return found if len(found) <= most else [*found[:most], f"and {len(found) - most} more differences of storage"]
 
 
@@ -111,7 +115,7 @@ def tensor_table(model: str, tensors: Sequence[Stored]) -> html.Div:
         numbers = [html.Td(text, className="num nowrap") for text in (count(tensor.n_params), in_bytes(tensor.n_bytes))]
         rows.append(html.Tr([html.Td(name), html.Td(shape, className="nowrap"), html.Td(plain(tensor.type)), *numbers]))
     more = html.P(f"and {len(tensors) - _MOST_ROWS:,} more", className="muted small") if len(tensors) > _MOST_ROWS else None
-    return html.Div([html.Table([html.Thead(head), html.Tbody(rows)], className="ls-table compact"), more], className="table-scroll")
+    return html.Div([html.Table([html.Thead(head), html.Tbody(rows)], className="ls-table compact"), more])
 
 
 def count(n: int) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from dash import Input, Output, State, callback, dcc, html, no_update
+from dash.exceptions import PreventUpdate
 
 from backend.estimate import in_bytes
 from backend.model_files import ModelEntry, identity
@@ -24,6 +25,14 @@ def graph_of(entry: ModelEntry) -> ModelGraph | None:
     """The graph of the model as its file is now, or None while nobody has recorded it."""
     found = services().derived.get_json(graph_key(identity(entry.path)))
     return None if found is None else ModelGraph.from_json(found)
+
+
+def opened_graph(model: str) -> ModelGraph:
+    """The graph of a model whose page shows it. The cache may have dropped it since: then the page, loaded again, makes it anew."""
+    graph = graph_of(services().library.resolve_model(model))
+    if graph is None:
+        raise PreventUpdate
+    return graph
 
 
 def graph_stores() -> list[Any]:

@@ -28,7 +28,7 @@ def metadata_table(rows: Sequence[MetadataRow], search: str) -> tuple[Any, str]:
 def _value(row: MetadataRow) -> Any:
     if row.n_items is not None:
         rest = ", …" if row.cut else ""
-        return [html.Span(f"{row.n_items:,} items: ", className="muted"), html.Span(f"{row.value}{rest}", className="mono wrap")]
+        return [html.Span(f"{row.n_items:,} item{'' if row.n_items == 1 else 's'}: ", className="muted"), html.Span(f"{row.value}{rest}", className="mono wrap")]
     cut = html.Div("… cut here; the file holds more", className="muted small") if row.cut else None
     if len(row.value) <= _SHORT and "\n" not in row.value:
         return [html.Span(row.value, className="mono wrap"), cut]

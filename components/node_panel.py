@@ -75,7 +75,7 @@ def _numbers(node: GraphNode, trace: Trace | None) -> Any:
         return html.P(f"The open trace does not hold {', '.join(dict.fromkeys(site for site, _ in node.sites))}.", className="muted small")
     head = html.Tr([html.Th("Site"), *(html.Th(name, className="num") for name in ("Mean", "Std", "Min", "Max", "Norm"))])
     rows = [_row(trace, site, layer) for site, layer in held]
-    title = html.H3(["In the trace ", dcc.Link("open", href=f"/trace?{urlencode({'trace': trace.id})}")])
+    title = html.H3(dcc.Link("In the open trace", href=f"/trace?{urlencode({'trace': trace.id})}"))
     words = html.P(f"Over all values of its {trace.n_tokens} tokens; norm: mean length of a token's vector.", className="muted small")
     table = html.Table([html.Thead(head), html.Tbody(rows)], className="ls-table compact", id="node-numbers")
     return html.Div([title, html.Div(table, className="table-scroll"), words], className="node-list")

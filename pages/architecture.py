@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from typing import Any
+from urllib.parse import urlencode
 
 import dash
 from dash import Input, Output, State, callback, dcc, html, no_update
@@ -64,8 +65,8 @@ def _read(path: Any, _identity: str) -> tuple[Anatomy, dict[str, Any], list[Meta
 
 def _model(name: str) -> tuple[ModelEntry, Anatomy, Facts, list[MetadataRow]]:
     entry = services().library.resolve_model(name)
-    if entry.made_on_first_use or entry.info is None:
-        raise LayerscopeError(f"{name} is made from its source when it is first used, so it has no file yet; run a prompt with it first.")
+    if not entry.path.exists() or entry.info is None:
+        raise LayerscopeError(f"{name} has no file yet: it is made from its source when it is first used.")
     anatomy, values, rows = _read(entry.path, identity(entry.path))
     return entry, anatomy, Facts(entry.info, values, anatomy), rows
 
@@ -76,18 +77,28 @@ def show_model(name: str | None, part: dict[str, str], asked: dict[str, str]):
     if not name:
         return empty("No model chosen", "Choose one above.", symbol="blocks")
     try:
+        entry = services().library.resolve_model(name)
+        if entry.made_on_first_use:
+            return _not_made(entry)
         entry, anatomy, _, _ = _model(name)
     except LayerscopeError as problem:
         return error(str(problem))
     assert entry.info is not None, "_model gives no entry without info"
     picture = card("Parts", html.Div(id="arch-picture"), "Click a part to see its weights.", [full_screen_button()], list(ABOUT_PARTS), className="fill")
     sizes = card("Where the bytes are", html.Div(size_table(anatomy), className="table-scroll"), "All blocks together.")
-    tensors = card(html.Span("", id="arch-title"), [html.Div(id="arch-layer-field"), html.Div(id="arch-tensors")], html.Span("", id="arch-words"), className="fill")
-    search = dcc.Input(id="arch-search", value=asked["search"], placeholder="word in a key or value", debounce=0.25, maxLength=200, className="text-input metadata-search")
+    weights = [html.Div(id="arch-layer-field"), html.Div(id="arch-tensors", className="table-scroll table-tall")]
+    tensors = card(html.Span("", id="arch-title"), weights, html.Span("", id="arch-words"), className="fill")
+    search = dcc.Input(id="arch-search", value=asked["search"], placeholder="word in a key or value", debounce=0.25, maxLength=200, className="text-input")
     table = html.Div(id="arch-metadata", className="table-scroll table-metadata")
-    metadata = card("Metadata", table, html.Span("", id="arch-keys"), [search], list(ABOUT_METADATA), className="wide")
+    metadata = card("Metadata", table, html.Span("", id="arch-keys"), [html.Div(search, className="metadata-search")], list(ABOUT_METADATA), className="wide")
     right = html.Div([card("Model", facts(_facts(entry.info, anatomy))), sizes, tensors], className="card-stack")
     return html.Div([picture, right, metadata], className="cards")
+
+
+def _not_made(entry: ModelEntry) -> html.Div:
+    """A variant whose file does not exist yet: opening its graph makes it."""
+    link = dcc.Link("Make it and record its graph", href=f"/graph?{urlencode({'model': entry.name})}", className="btn btn-primary")
+    return empty("This variant has no file yet", f"{entry.name} is made from its source when it is first used; then its parts can be read.", link, "blocks")
 
 
 def _facts(info: ModelInfo, anatomy: Anatomy) -> dict[str, str]:

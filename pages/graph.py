@@ -5,25 +5,20 @@ The graph is recorded once by a job and kept. Only unfolded blocks send their no
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
 import dash
-import dash_cytoscape as cyto
-from dash import Input, Output, State, callback, clientside_callback, ctx, dcc, html, no_update
+from dash import Input, Output, State, callback, clientside_callback, dcc, html, no_update
 from dash.exceptions import PreventUpdate
 
-from backend.analysis.graph import count_ops, find, fold
+from backend.analysis.graph import fold
 from backend.errors import LayerscopeError
-from backend.graph_formats import as_dot
-from backend.model_files import ModelEntry
-from backend.model_graph import ModelGraph
 from backend.trace import Trace
-from components.card import card, full_screen_button
-from components.graph_values import graph_missing, graph_of, graph_stores
-from components.graph_view import LAYOUT, elements, legend, stylesheet
-from components.node_panel import node_button, node_panel
+from components.graph_card import SHOW, graph_cards
+from components.graph_values import graph_missing, graph_of, graph_stores, opened_graph
+from components.graph_view import elements, stylesheet
+from components.node_panel import node_panel
 from components.services import services
 from components.states import empty, error
 from components.url_state import keep_url
@@ -31,16 +26,6 @@ from components.url_state import keep_url
 dash.register_page(__name__, path="/graph", name="Computation graph", order=31, group="This model", icon="workflow", description="Every operation that is really executed")
 
 MOST_UNFOLDED = 4
-SHOW = {"memory": "Weights, inputs, cache", "views": "Views"}
-
-ABOUT = (
-    "One forward pass over 8 tokens, every node as it was executed, in a program made for looking inside: flash attention is off, so that scores and pattern are nodes. "
-    "GGUF: llama.cpp's scheduler tells each node before it runs, and a node's sources are found by their address (its names are not unique). "
-    "PyTorch: every operator that is dispatched, modules without children as one node each, edges by the identity of tensors.",
-    "A dashed edge leads through memory: keys and values are written into the cache by one node and read from it by another. Views compute nothing and are left out "
-    "unless asked for, and so are nodes that the output does not depend on; edges lead through them.",
-    "Shapes are in NumPy's order. A blue frame marks a node whose values a capture stores under the name of a site.",
-)  # fmt: skip
 
 
 def layout(model: str | None = None, trace: str | None = None, blocks: str | None = None, node: str | None = None, show: str | None = None, **_: str) -> html.Div:
@@ -72,63 +57,19 @@ def show_body(model: str | None, _: str | None, asked: dict[str, Any]) -> tuple[
     """The cards of the model, or the job that makes its graph. What the address asks for holds for the model it names."""
     if model is None:
         return empty("No model chosen", "Choose one above.", symbol="workflow"), None
-    entry = _entry(model)
+    entry = services().library.resolve_model(model)
     graph = graph_of(entry)
     if graph is None:
         return graph_missing(entry), no_update
     mine = asked["model"] == model
     unfolded = [layer for layer in asked["blocks"] if layer < graph.n_layers] if mine else []
-    return _cards(graph, unfolded, asked["show"] if mine else []), {"value": asked["node"]} if mine and asked["node"] else None
-
-
-def _cards(graph: ModelGraph, unfolded: list[int], show: list[str]) -> html.Div:
-    executed = sum(node.executed for node in graph.nodes)
-    blocks: Any = [{"label": f"Block {layer}", "value": layer} for layer in range(graph.n_layers)]
-    shown: Any = [{"label": label, "value": name} for name, label in SHOW.items()]
-    controls = html.Div(
-        [
-            html.Div(dcc.Dropdown(blocks, unfolded, id="graph-open", multi=True, placeholder="Unfold blocks"), className="picker-blocks"),
-            dcc.Checklist(shown, show, id="graph-show", className="checks", inline=True),
-        ],
-        className="graph-controls",
-    )
-    canvas = cyto.Cytoscape(id="graph-canvas", layout=LAYOUT, elements=[], stylesheet=[], style={"width": "100%", "height": "100%"}, minZoom=0.05, maxZoom=3,
-                            autoungrabify=True)  # fmt: skip
-    kinds = ("png", "svg", "dot", "json")
-    whole = html.Button("Whole", className="tool", title="Bring the whole graph into sight", **{"data-tool": "fit-graph"})
-    tools = [whole, *[html.Button(kind.upper(), id=f"graph-save-{kind}", className="tool", title=f"Save as {kind.upper()}") for kind in kinds], full_screen_button()]
-    said = f"{executed:,} nodes executed. Click a block to unfold it, its frame to fold it, a node to read it."
-    body = [controls, html.Div(canvas, className="graph-canvas", id="graph-frame"), legend(), dcc.Download(id="graph-download")]
-    picture = card("Graph", body, said, tools, list(ABOUT), className="fill")
-    search = dcc.Input(id="graph-find", placeholder="name, op or site", debounce=0.25, maxLength=200, className="text-input")
-    finder = card("Find a node", [search, html.Div(id="graph-found", className="node-results")])
-    panel = card("Node", html.Div(id="graph-panel"), className="fill")
-    return html.Div([picture, html.Div([finder, panel, _operations(graph)], className="card-stack")], className="cards cards-wide-left")
-
-
-def _operations(graph: ModelGraph) -> html.Section:
-    counts = count_ops(graph)
-    rows = [html.Tr([html.Td(op, className="mono"), html.Td(f"{n:,}", className="num")]) for op, n in counts]
-    table = html.Table([html.Thead(html.Tr([html.Th("Op"), html.Th("Nodes", className="num")])), html.Tbody(rows)], className="ls-table compact")
-    return card("Operations", html.Div(table, className="table-scroll table-ops"), f"{len(counts)} different ones, views included; {graph.version}.")
-
-
-def _entry(model: str) -> ModelEntry:
-    return services().library.resolve_model(model)
-
-
-def _graph(model: str) -> ModelGraph:
-    """The graph of a model whose page shows it. The cache may have dropped it since: then the page, loaded again, makes it anew."""
-    graph = graph_of(_entry(model))
-    if graph is None:
-        raise PreventUpdate
-    return graph
+    return graph_cards(graph, unfolded, asked["show"] if mine else []), {"value": asked["node"]} if mine and asked["node"] else None
 
 
 @callback(Output("graph-canvas", "elements"), Input("graph-open", "value"), Input("graph-show", "value"), State("graph-model", "value"))
 def draw(unfolded: list[int] | None, show: list[str] | None, model: str):
     """The folded graph; Cytoscape lays it out again whenever elements come or go."""
-    graph = _graph(model)
+    graph = opened_graph(model)
     folded = fold(graph, [layer for layer in (unfolded or []) if isinstance(layer, int)][-MOST_UNFOLDED:], memory="memory" in (show or ()), views="views" in (show or ()))
     return elements(graph, folded)
 
@@ -162,9 +103,9 @@ def tapped(data: dict[str, Any] | None, unfolded: list[int] | None):
 )  # fmt: skip
 def show_node(chosen: dict[str, Any] | None, _: Any, model: str | None, unfolded: list[int] | None, asked: str | None, open_trace: str | None):
     """The chosen node's card; its block is unfolded if it is not."""
-    if model is None or ctx.outputs_list is None:
+    if model is None:
         raise PreventUpdate
-    graph = _graph(model)
+    graph = opened_graph(model)
     text = str((chosen or {}).get("value") or "")
     node = graph.nodes[int(text)] if text.isdecimal() and len(text) < 10 and int(text) < len(graph.nodes) else None
     opens = node is not None and node.layer is not None and node.layer not in (unfolded or [])
@@ -187,37 +128,6 @@ def _trace_of(model: str, *ids: str | None) -> Trace | None:
 def paint(chosen: dict[str, Any] | None, theme: str, _: Any):
     text = str((chosen or {}).get("value") or "")
     return stylesheet(theme, f"n{text}" if text.isdecimal() else None)
-
-
-@callback(Output("graph-found", "children"), Input("graph-find", "value"), State("graph-model", "value"))
-def search(text: str | None, model: str):
-    found, n = find(_graph(model), text or "", limit=30)
-    if not (text or "").strip():
-        return None
-    more = html.Div(f"{n:,} nodes" if n != 1 else "1 node", className="muted small")
-    return [more, *[node_button(node) for node in found]]
-
-
-@callback(Output("graph-canvas", "generateImage"), Input("graph-save-png", "n_clicks"), Input("graph-save-svg", "n_clicks"), State("graph-model", "value"),
-          prevent_initial_call=True)  # fmt: skip
-def save_picture(_: int | None, __: int | None, model: str):
-    if not ctx.triggered[0]["value"]:
-        return no_update
-    kind = str(ctx.triggered_id).rpartition("-")[2]
-    return {"type": kind, "action": "download", "filename": _file_name(model), "options": {"full": True, "scale": 2}}
-
-
-@callback(Output("graph-download", "data"), Input("graph-save-dot", "n_clicks"), Input("graph-save-json", "n_clicks"), State("graph-model", "value"),
-          prevent_initial_call=True)  # fmt: skip
-def save_text(_: int | None, __: int | None, model: str):
-    if not ctx.triggered[0]["value"]:
-        return no_update
-    graph, kind = _graph(model), str(ctx.triggered_id).rpartition("-")[2]
-    return {"content": as_dot(graph) if kind == "dot" else json.dumps(graph.to_json(), ensure_ascii=False), "filename": f"{_file_name(model)}.{kind}"}
-
-
-def _file_name(model: str) -> str:
-    return "graph-" + re.sub(r"[^A-Za-z0-9._-]+", "-", model)[:80]
 
 
 # Bring the chosen node, or the block that was unfolded last, into sight once it is drawn (assets/graph_view.js).
