@@ -15,6 +15,7 @@
 
     /** After a layout: everything, if it can be read so; else the chosen node, else the top of the block that was unfolded last. */
     function settle(cy) {
+        cy.scratch("settled", cy.elements().length);  // how many elements have been brought into sight
         cy.fit(undefined, 16);
         if (cy.zoom() > 1.2) { cy.zoom(1.2); cy.center(); }
         if (cy.zoom() >= READABLE * 0.85) return;
@@ -42,6 +43,7 @@
             if (!cy.scratch("layerscope")) {
                 cy.scratch("layerscope", true);
                 cy.on("layoutstop", () => settle(cy));
+                if (cy.nodes().some((one) => one.position("y") !== 0)) settle(cy);  // a layout has run before
             }
             const found = wanted.node ? cy.getElementById(wanted.node) : cy.collection();
             if (!fresh && found.length) centreOn(cy, found);
