@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from backend.engines.native import NativeTensor
     from backend.intervention import Intervention
     from backend.library import Library
+    from backend.model_graph import ModelGraph
     from backend.model_info import ModelInfo
     from backend.trace import Trace
     from backend.weights import Weights
@@ -83,6 +84,10 @@ class Model:
             precision=precision,
         )
         return Trace(capture(self.engine, spec, Path(out) if out else self._traces_dir, progress=progress or no_progress))
+
+    def graph(self, n_tokens: int = 8) -> ModelGraph:
+        """Every node of one forward pass as it is really executed, with its sources; see backend.model_graph."""
+        return self.engine.graph(n_tokens)
 
     def close(self) -> None:
         self.engine.close()

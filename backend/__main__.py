@@ -14,9 +14,12 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
+from backend.commands.graph import graph
 from backend.errors import LayerscopeError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
+
+app.command()(graph)
 
 _SITES_HELP = "Sites to store: names, TransformerLens hooks, ggml nodes; native:NAME for any tensor (see `nodes`); repeat or separate by commas; or all. Default: the standard set."
 Sites = Annotated[list[str] | None, typer.Option("--sites", "-s", help=_SITES_HELP)]

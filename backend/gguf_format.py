@@ -36,6 +36,7 @@ _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<
 _STRING, _ARRAY = 8, 9
 # Keys that llama.cpp reads without asking for their type first: another one aborts the process.
 _FIXED_TYPES = {"general.alignment": (4, "uint32"), "split.no": (2, "uint16"), "split.count": (2, "uint16"), "split.tensors.count": (5, "int32")}
+_TYPE_NAMES = {0: "uint8", 1: "int8", 2: "uint16", 3: "int16", 4: "uint32", 5: "int32", 6: "float32", 7: "bool", 8: "string", 10: "uint64", 11: "int64", 12: "float64"}
 
 
 class TensorInfo(NamedTuple):
@@ -74,6 +75,7 @@ class GgufHeader:
     """`metadata` values are int, float, bool, str, a NumPy array of numbers or a StringArray. Tensors keep the order of the file.
 
     `files`: those that the model lies in, in order. Of a model in parts, all else but the tensors is that of the first.
+    `types` names the format's own type of each metadata value: uint32, string, array of float32, ...
     """
 
     version: int
@@ -82,6 +84,7 @@ class GgufHeader:
     data_offset: int
     alignment: int
     file_size: int
+    types: dict[str, str]
     files: tuple[Path, ...]
 
 
@@ -148,20 +151,22 @@ def _parse(reader: _Reader) -> GgufHeader:
         if count * smallest > reader.left:
             raise LayerscopeError(f"{reader.label} is truncated: it declares {count:,} {what}, and only {reader.left:,} bytes follow.")
     metadata: dict[str, Any] = {}
+    types: dict[str, str] = {}
     for _ in range(n_keys):
-        key, value = _read_pair(reader)
+        key, kind, value = _read_pair(reader)
         if key in metadata:
             reader.refuse(f"the key {key[:80]!r} stands there twice")
-        metadata[key] = value
+        metadata[key], types[key] = value, kind
     alignment = metadata.get("general.alignment", 32)
     if not 1 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
         reader.refuse(f"general.alignment is {alignment:,}, not a power of two up to {MAX_ALIGNMENT:,}")
     declared = [_read_tensor(reader) for _ in range(n_tensors)]
     data_offset = -(-reader.at // alignment) * alignment
-    return GgufHeader(version, metadata, _place(reader, declared, data_offset, alignment), data_offset, alignment, reader.size, (reader.path,))
+    return GgufHeader(version, metadata, _place(reader, declared, data_offset, alignment), data_offset, alignment, reader.size, types, (reader.path,))
 
 
-def _read_pair(reader: _Reader) -> tuple[str, Any]:
+def _read_pair(reader: _Reader) -> tuple[str, str, Any]:
+    """Key, name of the type, value."""
     raw = reader.string(MAX_KEY_BYTES, "a key")
     try:
         key = raw.decode("utf-8")
@@ -176,15 +181,17 @@ def _read_pair(reader: _Reader) -> tuple[str, Any]:
     if reader.at > MAX_METADATA_BYTES:
         reader.refuse(f"its metadata is larger than {MAX_METADATA_BYTES:,} bytes")
     if kind == _STRING:
-        return key, reader.string(MAX_STRING_BYTES, what).decode("utf-8", "replace")
+        return key, "string", reader.string(MAX_STRING_BYTES, what).decode("utf-8", "replace")
     if kind == _ARRAY:
-        return key, _read_array(reader, what)
+        items, values = _read_array(reader, what)
+        return key, f"array of {items}", values
     if kind not in _SCALARS:
         reader.refuse(f"{what} has type {kind}, which does not exist")
-    return key, reader.number(_SCALARS[kind], what)
+    return key, _TYPE_NAMES[kind], reader.number(_SCALARS[kind], what)
 
 
-def _read_array(reader: _Reader, what: str) -> Any:
+def _read_array(reader: _Reader, what: str) -> tuple[str, Any]:
+    """Name of the items' type, and the items."""
     kind, count = reader.number("<I", what), reader.number("<Q", what)
     if kind == _ARRAY:
         reader.refuse(f"{what} is an array of arrays")
@@ -196,13 +203,13 @@ def _read_array(reader: _Reader, what: str) -> Any:
     if count * width > MAX_METADATA_BYTES or (kind == _STRING and count > MAX_STRINGS):
         reader.refuse(f"{what} has {count:,} items, more than the limits ({MAX_STRINGS:,} strings, {MAX_METADATA_BYTES:,} bytes) allow")
     if kind != _STRING:
-        return np.frombuffer(reader.take(count * width, what), dtype=_SCALARS[kind])
+        return _TYPE_NAMES[kind], np.frombuffer(reader.take(count * width, what), dtype=_SCALARS[kind])
     items = []
     for _ in range(count):
         items.append(reader.string(MAX_STRING_BYTES, what))
         if reader.at > MAX_METADATA_BYTES:
             reader.refuse(f"its metadata is larger than {MAX_METADATA_BYTES:,} bytes")
-    return StringArray(items)
+    return "string", StringArray(items)
 
 
 def _read_tensor(reader: _Reader) -> TensorInfo:

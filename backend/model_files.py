@@ -10,6 +10,7 @@ The command line and the Python API may name any path.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import tomllib
 from collections.abc import Iterable, Iterator
@@ -150,6 +151,11 @@ def _files(path: Path) -> tuple[Path, ...]:
         return (path, *sorted([*path.glob("*.json"), *path.glob("*.safetensors")])) if path.is_dir() else parts_of(path)
     except OSError:
         return (path,)  # a folder that cannot be listed: its own stamp tells when that changes
+
+
+def identity(path: Path) -> str:
+    """A name for the bytes at `path` as far as size and time tell them apart: what was computed from a model is kept under it."""
+    return hashlib.sha256(repr((os.path.realpath(path), *fingerprint(path)[1:])).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 class Shelf:

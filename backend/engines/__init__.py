@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from backend.errors import LayerscopeError, ranges
 from backend.intervention import Intervention, edits_by_place
+from backend.model_graph import ModelGraph
 from backend.model_info import ModelInfo
 from backend.sites import SITES
 
@@ -47,6 +48,7 @@ class Piece:
 
 DEFAULT_CONTEXT = 8192  # tokens; more only when asked for
 WHOLE_LIMIT = 4096  # tokens that run in one piece: attention maps of all heads are in memory then, and grow with the square
+GRAPH_TOKENS = 8  # tokens that a model runs over when its graph is recorded: more than one, so that the axis of positions is seen
 
 Where = tuple[str, int | None]  # site, layer
 Sink = Callable[[Piece], None]
@@ -181,6 +183,9 @@ class Engine(Protocol):
 
     def weight(self, name: str, rows: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """A weight by its canonical name (backend.weights), float32 in this engine's own head order, (out, in); of its outputs `rows` only."""
+
+    def graph(self, n_tokens: int = GRAPH_TOKENS) -> ModelGraph:
+        """Every node of one forward pass over `n_tokens` tokens as it is executed, with its edges. Raises LayerscopeError for a length outside the context."""
 
     def close(self) -> None:
         """Free the model."""

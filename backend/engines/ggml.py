@@ -90,6 +90,8 @@ def _base() -> ctypes.CDLL:
     if n_bytes != ctypes.sizeof(Tensor):
         raise LayerscopeError(f"The installed llama-cpp-python has tensors of {n_bytes} bytes, not the {ctypes.sizeof(Tensor)} of version 0.3.36.")
     lib.ggml_op_name.argtypes, lib.ggml_op_name.restype = [ctypes.c_int], ctypes.c_char_p
+    lib.ggml_op_desc.argtypes, lib.ggml_op_desc.restype = [ctypes.POINTER(Tensor)], ctypes.c_char_p
+    lib.ggml_backend_buffer_name.argtypes, lib.ggml_backend_buffer_name.restype = [ctypes.c_void_p], ctypes.c_char_p
     lib.ggml_get_type_traits.argtypes, lib.ggml_get_type_traits.restype = [ctypes.c_int], ctypes.POINTER(_TypeTraits)
     return lib
 
@@ -97,6 +99,17 @@ def _base() -> ctypes.CDLL:
 def op_name(op: int) -> str:
     """MUL_MAT, ROPE, SOFT_MAX, ... for an `op` read from a tensor."""
     return _base().ggml_op_name(op).decode()
+
+
+def op_description(tensor: Tensor) -> str:
+    """The op, or the function of a UNARY or GLU node: SILU, SWIGLU, ..."""
+    return _base().ggml_op_desc(ctypes.byref(tensor)).decode()
+
+
+def buffer_name(tensor: Tensor) -> str:
+    """Where a tensor's values lie: CPU, CPU_Mapped, CUDA0, ...; a view's lie with what it views. Empty before they lie anywhere."""
+    owner = tensor.view_src.contents if tensor.view_src and not tensor.buffer else tensor
+    return _base().ggml_backend_buffer_name(owner.buffer).decode("utf-8", "replace") if owner.buffer else ""
 
 
 def type_traits(type_id: int) -> tuple[str, int, int]:

@@ -5,6 +5,7 @@
     gguf_sites     the table: architecture -> the graph node of each site
     gguf_generic   what an architecture without a row still gives
     gguf_graph     the table looked up in the real graph, and the callback
+    gguf_nodes     the whole graph as it is executed
     gguf_tap       a run's edits and captures at each node
     gguf_native    nodes by their own names
     gguf_unembed   final norm and W_U, outside llama.cpp
@@ -26,12 +27,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backend.analysis.identities import tolerances
-from backend.engines import DEFAULT_CONTEXT, OpenOptions, Request, Sampling, ShouldStop, Sink, check_edits, check_request, never_stop, no_sink
+from backend.engines import DEFAULT_CONTEXT, GRAPH_TOKENS, OpenOptions, Request, Sampling, ShouldStop, Sink, check_edits, check_request, never_stop, no_sink
 from backend.engines.ggml import Tensor, check_layout, read
 from backend.engines.gguf_context import Context, Model
 from backend.engines.gguf_generic import NO_ROW, NO_UNEMBED, fitting, is_pattern
 from backend.engines.gguf_graph import Place, SeenNode, Watch, Where, find_places
 from backend.engines.gguf_native import Natives, listed
+from backend.engines.gguf_nodes import EDGES, Recorder
 from backend.engines.gguf_sites import GENERIC, architecture
 from backend.engines.gguf_tap import Tap
 from backend.engines.gguf_unembed import Unembedding, candidates, measured
@@ -43,6 +45,7 @@ from backend.file_stamps import stamps
 from backend.gguf_header import GgufHeader, model_info, read_header
 from backend.gguf_split import parts_of
 from backend.intervention import Intervention, edits_by_place
+from backend.model_graph import ModelGraph
 from backend.weight_names import ROTARY_INTERLEAVED
 from backend.weights import open_weights
 
@@ -156,6 +159,20 @@ class GgufEngine:
     def weight(self, name: str, rows: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """A weight by its canonical name, float32, (out, in), heads in the order of q and k as handed out; of its outputs `rows` only."""
         return self._weights[name] if rows is None else self._weights.lazy(name)[rows]
+
+    def graph(self, n_tokens: int = GRAPH_TOKENS) -> ModelGraph:
+        """The nodes that llama.cpp executes for `n_tokens` tokens from position 0, every position an output; see Engine.graph."""
+        check_request(self.info, self.places, Request(()), [0] * n_tokens, min(self.n_ctx, self._n_ubatch))
+        recorder = Recorder(self._weights.native_names, self.info.n_layers)
+        context = self._context_for(n_tokens, self._n_ubatch)
+        context.clear()
+        self._watch.note(recorder.note)
+        try:
+            context.decode([0] * n_tokens, 0, all_outputs=True)
+        finally:
+            self._watch.rest()
+        info = self.info
+        return ModelGraph(info.name, info.architecture, "gguf", self.version, info.n_layers, n_tokens, EDGES, recorder.with_sites(self._places))
 
     def close(self) -> None:
         """Free the context and the model."""

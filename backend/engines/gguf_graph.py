@@ -126,6 +126,7 @@ class Watch:
         self._weight_ops: set[int] = set()
         self._visit: Callable[[Tensor, Place], None] | None = None
         self._recorded: list[SeenNode] | None = None
+        self._note: Callable[[int], None] | None = None
 
     def want(self, places: Iterable[Place], visit: Callable[[Tensor, Place], None]) -> None:
         """Call `visit(tensor, place)` at each of `places`, as soon as it is computed."""
@@ -141,6 +142,11 @@ class Watch:
     def record(self, into: list[SeenNode]) -> None:
         """Note every node that is asked about, besides visiting the wanted ones."""
         self._recorded = into
+
+    def note(self, note: Callable[[int], None]) -> None:
+        """Call `note(address)` for every node, in the order of execution and before any of them runs; visit none."""
+        self.rest()
+        self._note = note
 
     def raise_error(self) -> None:
         error, self.error = self.error, None
@@ -158,6 +164,8 @@ class Watch:
             if ask:
                 if self._recorded is not None:
                     self._recorded.append(SeenNode.of(Tensor.from_address(address)))
+                if self._note is not None:
+                    self._note(address)
                 return bool(places)
             if self._visit is not None:
                 for place in places:

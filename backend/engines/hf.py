@@ -4,6 +4,7 @@
     hf_sites      the table: architecture -> module paths of sites and weights
     hf_generic    the row of an architecture without one, found in the model
     hf_taps       a run's edits and captures as hooks, which always come off
+    hf_graph      the whole graph as it is executed
     hf_attention  the attention function that shows scores, pattern and z
     hf_router     how routers choose experts, for edits of their scores
     hf_native     outputs of modules by their own paths
@@ -27,8 +28,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backend.engines import DEFAULT_CONTEXT, WHOLE_LIMIT, OpenOptions, Request, Sampling, ShouldStop, Sink, check_edits, check_request, never_stop, no_sink
+from backend.engines import DEFAULT_CONTEXT, GRAPH_TOKENS, WHOLE_LIMIT, OpenOptions, Request, Sampling, ShouldStop, Sink, check_edits, check_request, never_stop, no_sink
 from backend.engines.hf_generic import NO_UNEMBED, Generic, find
+from backend.engines.hf_graph import EDGES, Recorder
 from backend.engines.hf_native import Natives, listed
 from backend.engines.hf_placement import PACKED, arguments, quantization, stored_bits
 from backend.engines.hf_sites import ARCHITECTURES, finished
@@ -39,6 +41,7 @@ from backend.engines.sampling import check_sampling, choose
 from backend.errors import LayerscopeError
 from backend.hf_config import CONFIG_LIMIT, model_info, read_json
 from backend.intervention import Intervention, edits_by_place
+from backend.model_graph import ModelGraph
 from backend.weight_names import section_rows
 
 if TYPE_CHECKING:
@@ -201,6 +204,18 @@ class HfEngine:
         """A parameter or buffer by its path, or None where the model has none there."""
         module, _, parameter = path.rpartition(".")
         return getattr(self._model.get_submodule(module), parameter, None) if has_module(self._model, module) else None
+
+    def graph(self, n_tokens: int = GRAPH_TOKENS) -> ModelGraph:
+        """The operators that PyTorch runs for `n_tokens` tokens, modules without children as one node each; see Engine.graph."""
+        import torch
+
+        check_request(self.info, self.places, Request(()), [0] * n_tokens, min(self.n_ctx, PIECE))
+        tap, recorder = Tap(self.info, Request(()), no_sink, (), never_stop, n_tokens), Recorder(self._model, self._row)
+        ids = torch.zeros((1, n_tokens), dtype=torch.int64, device=self.device)
+        with _no_grad(), installed(self._model, self._row, tap, ()), recorder.watching(self._model):
+            self._model(input_ids=ids, use_cache=False)
+        info, modules = self.info, recorder.modules(self._model)
+        return ModelGraph(info.name, info.architecture, "hf", self.version, info.n_layers, n_tokens, EDGES, recorder.finished(self._row, self.places), modules)
 
     def close(self) -> None:
         """Free the model and, on a GPU, the memory that PyTorch keeps for reuse."""

@@ -59,4 +59,10 @@ def _lens_target(context: Context, params: dict[str, Any]) -> dict[str, Any]:
     return lens_target_job(context, params)
 
 
-KINDS: dict[str, Experiment] = {"capture": _capture, "lens": _lens, "lens_target": _lens_target}
+def _graph(context: Context, params: dict[str, Any]) -> dict[str, Any]:
+    from backend.experiments.graph import graph_job
+
+    return graph_job(context, params)
+
+
+KINDS: dict[str, Experiment] = {"capture": _capture, "lens": _lens, "lens_target": _lens_target, "graph": _graph}
