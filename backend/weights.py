@@ -4,6 +4,7 @@
     weights["blocks.1.mlp.W_out"]                 float32 ndarray in file orientation (out, in), dequantized
     weights.lazy("blocks.1.mlp.W_out")[3:5, :16]  the same, but only these rows are read and dequantized
     weights.lazy("embed.W_E").shape               nothing is read
+    weights.stored("blk.1.ffn_down.weight").pieces()   all values of a stored tensor, one after the other, in bounded memory
 
 Canonical names follow TransformerLens: embed.W_E, blocks.L.ln1.w, blocks.L.attn.W_Q/W_K/W_V/W_O (biases b_Q, ...), blocks.L.ln2.w,
 blocks.L.mlp.W_gate/W_in/W_out, blocks.L.mlp.W_router, blocks.L.mlp.experts.W_gate/W_in/W_out (expert, out, in), ln_final.w, unembed.W_U.
@@ -34,6 +35,9 @@ from backend.hf_config import TensorEntry, check_folder
 from backend.model_info import ModelInfo
 from backend.weight_names import GGUF_NAMES, HF_NAMES, ROTARY_INTERLEAVED, Names, Stored, section
 
+# Values read at a time where a tensor is read from end to end: with its double-precision copy it fits a core's cache.
+PIECE = 1 << 16
+PIECE_UNIT = 256  # the longest block of any quantized type
 _FLOATS: dict[str, type[np.generic]] = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
 
 
@@ -63,18 +67,46 @@ class _FileRows:
             data = [_read_exactly(descriptor, self.path, self.offset + first * self.row_bytes, n * self.row_bytes) for first, n in runs]
         finally:
             os.close(descriptor)
-        return self._decode(data[0] if len(data) == 1 else b"".join(data))
+        out = np.empty(len(rows) * self.columns, np.float32)
+        return self._decode(data[0] if len(data) == 1 else b"".join(data), out).reshape(len(rows), self.columns)
 
-    def _decode(self, data: bytes) -> NDArray[np.float32]:
+    def pieces(self, start: int, stop: int, most: int) -> Iterator[NDArray[np.float32]]:
+        """See Weight.pieces."""
+        buffer = np.empty(min(most, max(stop - start, 0)), np.float32)
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            for at in range(start, stop, most):
+                n = min(most, stop - at)
+                first, n_bytes = at * self.row_bytes // self.columns, n * self.row_bytes // self.columns
+                yield self._decode(_read_exactly(descriptor, self.path, self.offset + first, n_bytes), buffer[:n])
+        finally:
+            os.close(descriptor)
+
+    @property
+    def why_unreadable(self) -> str | None:
+        """See Weight.why_unreadable."""
+        if self.dtype in _FLOATS or self.dtype == "BF16":
+            return None
+        if self.type_id is not None:
+            from backend.engines.ggml import can_dequantize  # libggml-base alone, and only where a weight is quantized
+
+            return None if can_dequantize(self.type_id) else f"{self.path.name} stores a tensor as {self.dtype}, which ggml cannot convert to float32."
+        return f"{self.path.name} stores weights as {self.dtype}, which cannot be read; F16, BF16, F32 and F64 can."
+
+    def _decode(self, data: bytes, out: NDArray[np.float32]) -> NDArray[np.float32]:
+        """`out`, flat, filled with the values of as many bytes."""
         if self.dtype in _FLOATS:
-            return np.frombuffer(data, _FLOATS[self.dtype]).reshape(-1, self.columns).astype(np.float32)
-        if self.dtype == "BF16":
-            return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(-1, self.columns)
-        if self.type_id is None:
-            raise LayerscopeError(f"{self.path.name} stores weights as {self.dtype}, which cannot be read; F16, BF16, F32 and F64 can.")
-        from backend.engines.ggml import dequantize  # libggml-base alone, and only where a weight is quantized
+            with np.errstate(over="ignore"):  # a double beyond float32 becomes infinite, and is counted as that
+                out[:] = np.frombuffer(data, _FLOATS[self.dtype])
+        elif self.dtype == "BF16":
+            np.left_shift(np.frombuffer(data, np.uint16), 16, out=out.view(np.uint32), dtype=np.uint32)
+        elif self.type_id is None:
+            raise LayerscopeError(self.why_unreadable)
+        else:
+            from backend.engines.ggml import dequantize
 
-        return dequantize(self.type_id, data, len(data) // self.row_bytes * self.columns).reshape(-1, self.columns)
+            dequantize(self.type_id, data, len(out), out)
+        return out
 
 
 @dataclass(frozen=True)
@@ -140,6 +172,22 @@ class Weight:
         values = self.rows.read(stored.reshape(-1)).reshape(*leading.shape, self.shape[-1])
         return values[..., index[-1]]
 
+    @property
+    def why_unreadable(self) -> str | None:
+        """Why a tensor under its native name has no values as float32 (it holds integers, or a type that nothing here reads); None: it has."""
+        return self.rows.why_unreadable if isinstance(self.rows, _FileRows) else None
+
+    def pieces(self, start: int = 0, stop: int | None = None, most: int = PIECE) -> Iterator[NDArray[np.float32]]:
+        """The values `start` to `stop` of a tensor under its native name, flat, in the order of the file, at most `most` at a time.
+
+        `start` and `most` are multiples of PIECE_UNIT. A piece is good until the next one is asked for: both are the same memory.
+        """
+        if not isinstance(self.rows, _FileRows):
+            raise LayerscopeError(f"{self.name} is made from what the file stores; its pieces are those of {self.native[0]}.")
+        if start % PIECE_UNIT or most % PIECE_UNIT:
+            raise ValueError(f"pieces begin at multiples of {PIECE_UNIT}, not at {start} in steps of {most}")
+        return self.rows.pieces(start, self.size if stop is None else stop, most)
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return self[...].astype(dtype or np.float32, copy=False)
 
@@ -161,6 +209,19 @@ class Weights(Mapping[str, NDArray[np.float32]]):
     @property
     def native_names(self) -> tuple[str, ...]:
         return tuple(self._native)
+
+    def stored(self, name: str) -> Weight:
+        """The tensor as the file stores it, by its native name or by the canonical name of what is made from it (its first part)."""
+        weight = self.lazy(name)
+        return self._native.get(name) or self._native[weight.native[0]]
+
+    def canonical_names(self) -> dict[str, list[str]]:
+        """Native name -> the canonical weights that are made from it: several for a fused matrix, none for what has no such name."""
+        found: dict[str, list[str]] = {name: [] for name in self._native}
+        for name, weight in self._canonical.items():
+            for native in weight.native:
+                found[native].append(name)
+        return found
 
     def __getitem__(self, name: str) -> NDArray[np.float32]:
         return self.lazy(name)[...]

@@ -59,4 +59,18 @@ def _lens_target(context: Context, params: dict[str, Any]) -> dict[str, Any]:
     return lens_target_job(context, params)
 
 
-KINDS: dict[str, Experiment] = {"capture": _capture, "lens": _lens, "lens_target": _lens_target}
+def _weight_report(context: Context, params: dict[str, Any]) -> dict[str, Any]:
+    from backend.experiments.weight_report import weight_report_job
+
+    return weight_report_job(context, params)
+
+
+def _weight_tensor(context: Context, params: dict[str, Any]) -> dict[str, Any]:
+    from backend.experiments.weight_report import weight_tensor_job
+
+    return weight_tensor_job(context, params)
+
+
+KINDS: dict[str, Experiment] = {
+    "capture": _capture, "lens": _lens, "lens_target": _lens_target, "weight_report": _weight_report, "weight_tensor": _weight_tensor,
+}  # fmt: skip
