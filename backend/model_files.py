@@ -10,6 +10,7 @@ The command line and the Python API may name any path.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import tomllib
 from collections.abc import Iterable, Iterator
@@ -98,7 +99,7 @@ class Describer:
         self._known: dict[tuple[Any, ...], ModelInfo | str] = {}
 
     def __call__(self, path: Path) -> ModelInfo:
-        key = fingerprint(path)
+        key = _fingerprint(path)
         if key not in self._known:
             try:
                 self._known[key] = describe(path)
@@ -134,13 +135,18 @@ def describe(path: Path) -> ModelInfo:
         raise LayerscopeError(f"{path} cannot be read: {error.strerror or error}.") from None
 
 
-def fingerprint(path: Path) -> tuple[Any, ...]:
+def _fingerprint(path: Path) -> tuple[Any, ...]:
     """Changes whenever a header may have changed: size and time of the file, or of each file in the folder that is read."""
     try:
         files = sorted([*path.glob("*.json"), *path.glob("*.safetensors")]) if path.is_dir() else [path]
         return str(path), *((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
     except OSError as error:
         return str(path), error.errno
+
+
+def identity(path: Path) -> str:
+    """A name for the bytes at `path` as far as size and time tell them apart: what was computed from a model is kept under it."""
+    return hashlib.sha256(repr((os.path.realpath(path), *_fingerprint(path)[1:])).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 class Shelf:

@@ -1,4 +1,4 @@
-"""What was computed from a model's weights, as it lies in the cache of derived arrays: found by what the files are, not by their name.
+"""What was computed from a model's weights, as it lies in the cache of derived arrays: kept under `model_files.identity` of its files, so a changed file is read anew.
 
     WeightReport    every tensor's statistics and histogram
     TensorDetail    one matrix: norms of its rows and columns, its map, its singular values
@@ -6,9 +6,7 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,16 +15,8 @@ from numpy.typing import NDArray
 from backend.analysis.spectrum import Spectrum
 from backend.derived import Derived
 from backend.errors import LayerscopeError
-from backend.model_files import fingerprint
 
 VERSION = 1  # of what is stored; another one is computed anew
-
-
-def file_identity(path: Path) -> str:
-    """A digest of path, size and time of the model's file, or of every weights and config file in its folder."""
-    if not path.exists():
-        raise LayerscopeError(f"There is no model file or folder at {path}.")
-    return hashlib.sha256(repr(fingerprint(path)).encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)

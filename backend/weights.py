@@ -67,46 +67,46 @@ class _FileRows:
             data = [_read_exactly(descriptor, self.path, self.offset + first * self.row_bytes, n * self.row_bytes) for first, n in runs]
         finally:
             os.close(descriptor)
-        out = np.empty(len(rows) * self.columns, np.float32)
-        return self._decode(data[0] if len(data) == 1 else b"".join(data), out).reshape(len(rows), self.columns)
+        return self._decode(data[0] if len(data) == 1 else b"".join(data))
 
-    def pieces(self, start: int, stop: int, most: int) -> Iterator[NDArray[np.float32]]:
-        """See Weight.pieces."""
-        buffer = np.empty(min(most, max(stop - start, 0)), np.float32)
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            for at in range(start, stop, most):
-                n = min(most, stop - at)
-                first, n_bytes = at * self.row_bytes // self.columns, n * self.row_bytes // self.columns
-                yield self._decode(_read_exactly(descriptor, self.path, self.offset + first, n_bytes), buffer[:n])
-        finally:
-            os.close(descriptor)
+    def _decode(self, data: bytes) -> NDArray[np.float32]:
+        if self.dtype in _FLOATS:
+            return np.frombuffer(data, _FLOATS[self.dtype]).reshape(-1, self.columns).astype(np.float32)
+        if self.dtype == "BF16":
+            return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(-1, self.columns)
+        if self.type_id is None:
+            raise LayerscopeError(f"{self.path.name} stores weights as {self.dtype}, which cannot be read; F16, BF16, F32 and F64 can.")
+        from backend.engines.ggml import dequantize  # libggml-base alone, and only where a weight is quantized
+
+        return dequantize(self.type_id, data, len(data) // self.row_bytes * self.columns).reshape(-1, self.columns)
 
     @property
     def why_unreadable(self) -> str | None:
         """See Weight.why_unreadable."""
         if self.dtype in _FLOATS or self.dtype == "BF16":
             return None
-        if self.type_id is not None:
-            from backend.engines.ggml import can_dequantize  # libggml-base alone, and only where a weight is quantized
+        if self.type_id is None:
+            return f"{self.path.name} stores weights as {self.dtype}, which cannot be read; F16, BF16, F32 and F64 can."
+        from backend.engines.ggml import can_dequantize
 
-            return None if can_dequantize(self.type_id) else f"{self.path.name} stores a tensor as {self.dtype}, which ggml cannot convert to float32."
-        return f"{self.path.name} stores weights as {self.dtype}, which cannot be read; F16, BF16, F32 and F64 can."
+        return None if can_dequantize(self.type_id) else f"{self.path.name} stores a tensor as {self.dtype}, which ggml cannot convert to float32."
 
-    def _decode(self, data: bytes, out: NDArray[np.float32]) -> NDArray[np.float32]:
-        """`out`, flat, filled with the values of as many bytes."""
-        if self.dtype in _FLOATS:
-            with np.errstate(over="ignore"):  # a double beyond float32 becomes infinite, and is counted as that
-                out[:] = np.frombuffer(data, _FLOATS[self.dtype])
-        elif self.dtype == "BF16":
-            np.left_shift(np.frombuffer(data, np.uint16), 16, out=out.view(np.uint32), dtype=np.uint32)
-        elif self.type_id is None:
-            raise LayerscopeError(self.why_unreadable)
-        else:
-            from backend.engines.ggml import dequantize
+    def pieces(self, start: int, stop: int, most: int) -> Iterator[NDArray[np.float32]]:
+        """See Weight.pieces."""
+        from backend.engines.ggml import dequantize
 
-            dequantize(self.type_id, data, len(out), out)
-        return out
+        type_id = None if self.dtype in _FLOATS or self.dtype == "BF16" else self.type_id
+        single = self if type_id is not None or not self.columns else replace(self, columns=1, row_bytes=self.row_bytes // self.columns)
+        buffer = np.empty(min(most, max(stop - start, 0)), np.float32)
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            for at in range(start, stop, most):
+                n = min(most, stop - at)
+                first, n_bytes = at * self.row_bytes // self.columns, n * self.row_bytes // self.columns
+                data = _read_exactly(descriptor, self.path, self.offset + first, n_bytes)
+                yield single._decode(data).reshape(-1) if type_id is None else dequantize(type_id, data, n, buffer[:n])
+        finally:
+            os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class Weight:
     def pieces(self, start: int = 0, stop: int | None = None, most: int = PIECE) -> Iterator[NDArray[np.float32]]:
         """The values `start` to `stop` of a tensor under its native name, flat, in the order of the file, at most `most` at a time.
 
-        `start` and `most` are multiples of PIECE_UNIT. A piece is good until the next one is asked for: both are the same memory.
+        `start` and `most` are multiples of PIECE_UNIT. A piece is good until the next one is asked for: both may be the same memory.
         """
         if not isinstance(self.rows, _FileRows):
             raise LayerscopeError(f"{self.name} is made from what the file stores; its pieces are those of {self.native[0]}.")

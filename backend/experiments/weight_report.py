@@ -23,7 +23,8 @@ from backend.analysis.weights import Counts, MatrixScan, Moments
 from backend.engines import ShouldStop, default_threads, never_stop
 from backend.errors import Cancelled, LayerscopeError
 from backend.experiments import Context, Progress, no_progress
-from backend.weight_results import TensorDetail, WeightReport, file_identity
+from backend.model_files import identity as identity_of
+from backend.weight_results import TensorDetail, WeightReport
 from backend.weights import PIECE, Weight, Weights, open_weights
 
 SHARE = 64 * PIECE  # weights of a task
@@ -31,7 +32,8 @@ MAP_ROWS = MAP_COLUMNS = 1024
 _BLOCK = 1 << 20  # weights of a block of rows
 _MEGA = 1_000_000
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def weight_report(weights: Weights, progress: Progress = no_progress, should_stop: ShouldStop = never_stop, n_threads: int | None = None) -> WeightReport:
@@ -64,6 +66,15 @@ def _each(tensors: dict[str, Weight], n_threads: int, should_stop: ShouldStop) -
         for name, tensor in readable.items():
             if tensor.size > SHARE:
                 yield name, _shared_out(tensor, pool)
+
+
+def tensor_report(tensor: Weight, canonical: list[str]) -> tuple[dict[str, Any], np.ndarray]:
+    """One row of the report and its histogram, (N_BINS,)."""
+    if tensor.why_unreadable is not None:
+        return _row(tensor, canonical, LayerscopeError(tensor.why_unreadable)), np.zeros(analysis.N_BINS, np.int64)
+    found = next(result for _, result in _each({tensor.name: tensor}, default_threads(), never_stop))
+    assert isinstance(found, tuple), "a readable tensor has numbers"
+    return _row(tensor, canonical, found), found[1].bins
 
 
 class _Pool:
@@ -166,7 +177,7 @@ def _open(context: Context, name: str) -> tuple[Path, Weights]:
 def weight_report_job(context: Context, params: dict[str, Any]) -> dict[str, Any]:
     """Job: {"model": name} -> {"identity": of its files}; the report lies in the cache under that."""
     path, weights = _open(context, params["model"])
-    identity = file_identity(path)
+    identity = identity_of(path)
     if WeightReport.load(context.derived, identity) is None:
         weight_report(weights, context.progress, context.should_stop).save(context.derived, identity)
     return {"identity": identity}
@@ -175,7 +186,7 @@ def weight_report_job(context: Context, params: dict[str, Any]) -> dict[str, Any
 def weight_tensor_job(context: Context, params: dict[str, Any]) -> dict[str, Any]:
     """Job: {"model": name, "tensor": native name, "index": which matrix of a stack} -> {"identity"}; the detail lies in the cache."""
     path, weights = _open(context, params["model"])
-    identity, name, index = file_identity(path), str(params["tensor"]), int(params.get("index", 0))
+    identity, name, index = identity_of(path), str(params["tensor"]), int(params.get("index", 0))
     if TensorDetail.load(context.derived, identity, name, index) is None:
         tensor_detail(weights.stored(name), index, context.progress, context.should_stop).save(context.derived, identity, name, index)
     return {"identity": identity}
