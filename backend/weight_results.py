@@ -16,6 +16,7 @@ from backend.analysis.spectrum import Spectrum
 from backend.derived import Derived
 from backend.errors import LayerscopeError
 
+MAP_SIDE = 1024  # rows and columns of a matrix' map, at most
 VERSION = 1  # of what is stored; another one is computed anew
 
 
@@ -54,7 +55,7 @@ class WeightReport:
 class TensorDetail:
     """One matrix of a model (of a stack, the one numbered `index`).
 
-    row_norms: (row,); column_norms: (column,); map: see `analysis.weights.MatrixScan`; spectrum: None where a value is NaN or infinite.
+    row_norms: (row,); column_norms: (column,); map: `analysis.weights.SignedMap` of at most MAP_SIDE cells a side; spectrum: None where a value is NaN or infinite.
     """
 
     row_norms: NDArray[np.float32]

@@ -276,55 +276,63 @@ def super_weight_candidates(rows: Iterable[dict[str, Any]], each: int = 3) -> li
 
     Yu et al. 2024 (arXiv 2411.07191) found the weights without which a model writes nonsense in W_out of an early layer, among the
     largest of their matrix; most large weights are none, so these are candidates and no more.
-    Returns {"tensor", "layer", "component", "index", "value", "sigmas", "rank"}; index as in the stored tensor.
+    Returns {"tensor", "layer", "component", "index", "value", "sigmas", "rank"}; index and rank (1: the largest |w|) are those in the stored tensor.
     """
-    found = []
+    found: dict[tuple[int, str], list[dict[str, Any]]] = {}
     for row in rows:
         if row["layer"] is None or row["note"] or not row["std"] > 0 or not re.search(r"(^|\.)W_out( |$)", row["component"]):
             continue
         for rank, (index, value) in enumerate(row["largest"][:each], start=1):
-            found.append({"tensor": row["name"], "layer": row["layer"], "component": row["component"], "index": index, "value": value,
+            place = found.setdefault((row["layer"], row["component"]), [])
+            place.append({"tensor": row["name"], "layer": row["layer"], "component": row["component"], "index": index, "value": value,
                           "sigmas": abs(value) / row["std"], "rank": rank})  # fmt: skip
-    return sorted(found, key=lambda item: -item["sigmas"])
+    farthest = [sorted(place, key=lambda item: -item["sigmas"])[:each] for place in found.values()]
+    return sorted((item for place in farthest for item in place), key=lambda item: -item["sigmas"])
 
 
 # -- one matrix -------------------------------------------------------------------------------------------------------------------
 
 
-class MatrixScan:
-    """Norms of rows and columns, and the matrix shrunk to a drawable map, from blocks of whole rows that arrive in order or not.
+class Norms:
+    """L2 norms of the rows (row,) and columns (column,) of a matrix, from blocks of whole rows in any order."""
 
-    row_norms: (row,), column_norms: (column,) L2; map: (<= rows, <= columns), each cell the value of the largest |w| among those it
-    stands for, NaN where one of them is NaN; edges as in `activations.reduce_signed`.
-    """
-
-    def __init__(self, shape: tuple[int, int], rows: int, columns: int) -> None:
-        self.row_edges, self.column_edges = bucket_edges(shape[0], min(rows, shape[0])), bucket_edges(shape[1], min(columns, shape[1]))
-        self._row_energy, self._column_energy = np.zeros(shape[0]), np.zeros(shape[1])
-        cells = (len(self.row_edges) - 1, len(self.column_edges) - 1)
-        self._high, self._low = np.full(cells, -np.inf, np.float32), np.full(cells, np.inf, np.float32)
+    def __init__(self, shape: tuple[int, int]) -> None:
+        self._rows, self._columns = np.zeros(shape[0]), np.zeros(shape[1])
 
     def add(self, first: int, block: NDArray[np.float32]) -> None:
         """block: (n, column), the rows first .. first + n - 1."""
         squares = np.square(block, dtype=np.float64)
-        self._row_energy[first : first + len(block)] = squares.sum(axis=1)
-        self._column_energy += squares.sum(axis=0)
+        self._rows[first : first + len(block)] = squares.sum(axis=1)
+        self._columns += squares.sum(axis=0)
+
+    @property
+    def rows(self) -> NDArray[np.float32]:
+        return np.sqrt(self._rows).astype(np.float32)
+
+    @property
+    def columns(self) -> NDArray[np.float32]:
+        return np.sqrt(self._columns).astype(np.float32)
+
+
+class SignedMap:
+    """`activations.reduce_signed` of a matrix that arrives in blocks of whole rows, in any order.
+
+    cells: (<= rows, <= columns), each the value of the largest |w| among those it stands for, NaN where one of them is NaN.
+    """
+
+    def __init__(self, shape: tuple[int, int], rows: int, columns: int) -> None:
+        self.row_edges, self.column_edges = bucket_edges(shape[0], min(rows, shape[0])), bucket_edges(shape[1], min(columns, shape[1]))
+        size = (len(self.row_edges) - 1, len(self.column_edges) - 1)
+        self._high, self._low = np.full(size, -np.inf, np.float32), np.full(size, np.inf, np.float32)
+
+    def add(self, first: int, block: NDArray[np.float32]) -> None:
+        """block: (n, column), the rows first .. first + n - 1."""
         cells = np.searchsorted(self.row_edges, np.arange(first, first + len(block)), side="right") - 1
         starts = np.flatnonzero(np.diff(cells, prepend=-1))
         for bound, kept in ((np.maximum, self._high), (np.minimum, self._low)):
-            reduced = bound.reduceat(block, starts, axis=0)
-            if len(self.column_edges) <= block.shape[1]:
-                reduced = bound.reduceat(reduced, self.column_edges[:-1], axis=1)
+            reduced = bound.reduceat(bound.reduceat(block, starts, axis=0), self.column_edges[:-1], axis=1)
             kept[cells[starts]] = bound(kept[cells[starts]], reduced)
 
     @property
-    def row_norms(self) -> NDArray[np.float32]:
-        return np.sqrt(self._row_energy).astype(np.float32)
-
-    @property
-    def column_norms(self) -> NDArray[np.float32]:
-        return np.sqrt(self._column_energy).astype(np.float32)
-
-    @property
-    def map(self) -> NDArray[np.float32]:
+    def cells(self) -> NDArray[np.float32]:
         return np.where(-self._low > self._high, self._low, self._high)

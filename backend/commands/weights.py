@@ -77,6 +77,7 @@ def one_tensor(weights: Any, name: str, index: int, progress: Any) -> dict[str, 
     """Statistics and histogram of a tensor; for a matrix also the norms of rows and columns and the singular values."""
     from backend.analysis.weights import STATISTICS, bin_edges
     from backend.experiments.weight_report import tensor_detail, tensor_report
+    from backend.weight_matrix import Matrix
 
     parts = weights.lazy(name).native
     apart = len(parts) > 1  # experts that the file stores one by one
@@ -89,7 +90,7 @@ def one_tensor(weights: Any, name: str, index: int, progress: Any) -> dict[str, 
     found = {key: row[key] for key in (*_FACTS, *STATISTICS, "largest")}
     found["histogram"] = {"edges": bin_edges(row["exponent"]).tolist(), "counts": bins.tolist()}
     if stored.ndim > 1 and stored.size:
-        detail = tensor_detail(stored, 0 if apart else index, progress)
+        detail = tensor_detail(Matrix(stored, 0 if apart else index), progress)
         found |= {"index": index, "row_norms": detail.row_norms.tolist(), "column_norms": detail.column_norms.tolist()}
         if detail.spectrum is not None:
             spectrum = detail.spectrum

@@ -19,17 +19,16 @@ from threadpoolctl import threadpool_limits
 
 from backend.analysis import weights as analysis
 from backend.analysis.spectrum import spectrum
-from backend.analysis.weights import Counts, MatrixScan, Moments
+from backend.analysis.weights import Counts, Moments, Norms, SignedMap
 from backend.engines import ShouldStop, default_threads, never_stop
 from backend.errors import Cancelled, LayerscopeError
 from backend.experiments import Context, Progress, no_progress
 from backend.model_files import identity as identity_of
-from backend.weight_results import TensorDetail, WeightReport
+from backend.weight_matrix import Matrix
+from backend.weight_results import MAP_SIDE, TensorDetail, WeightReport
 from backend.weights import PIECE, Weight, Weights, open_weights
 
 SHARE = 64 * PIECE  # weights of a task
-MAP_ROWS = MAP_COLUMNS = 1024
-_BLOCK = 1 << 20  # weights of a block of rows
 _MEGA = 1_000_000
 
 T = TypeVar("T")
@@ -125,42 +124,23 @@ def _row(tensor: Weight, canonical: list[str], result: tuple[Moments, Counts] | 
     }  # fmt: skip
 
 
-def matrix_shape(tensor: Weight) -> tuple[int, int]:
-    """(rows, columns) of each matrix of a tensor; a vector has none."""
-    if tensor.ndim < 2 or not tensor.size:
-        raise LayerscopeError(f"{tensor.name} has the shape {list(tensor.shape)} and is no matrix.")
-    return tensor.shape[-2], tensor.shape[-1]
-
-
-def row_blocks(tensor: Weight, index: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, (n, column) float32) of one matrix of a tensor, about _BLOCK weights each."""
-    rows, columns = matrix_shape(tensor)
-    n_matrices = math.prod(tensor.shape[:-2])
-    if not 0 <= index < n_matrices:
-        raise LayerscopeError(f"{tensor.name} has {n_matrices:,} matrices; there is no number {index}.")
-    before = tuple(int(i) for i in np.unravel_index(index, tensor.shape[:-2])) if tensor.ndim > 2 else ()
-    step = max(1, _BLOCK // columns)
-    for first in range(0, rows, step):
-        yield first, tensor[(*before, slice(first, min(first + step, rows)))]
-
-
-def tensor_detail(tensor: Weight, index: int = 0, progress: Progress = no_progress, should_stop: ShouldStop = never_stop) -> TensorDetail:
+def tensor_detail(matrix: Matrix, progress: Progress = no_progress, should_stop: ShouldStop = never_stop) -> TensorDetail:
     """One matrix: its norms and map in one reading, then its singular values."""
-    shape = matrix_shape(tensor)
 
     def blocks(stage: str) -> Iterator[tuple[int, np.ndarray]]:
-        for first, block in row_blocks(tensor, index):
+        for first, block in matrix.blocks():
             if should_stop():
                 raise Cancelled
             yield first, block
-            progress(stage, first + len(block), shape[0])
+            progress(stage, first + len(block), matrix.shape[0])
 
-    scan = MatrixScan(shape, MAP_ROWS, MAP_COLUMNS)
+    norms, seen = Norms(matrix.shape), SignedMap(matrix.shape, MAP_SIDE, MAP_SIDE)
     for first, block in blocks("norms, rows"):
-        scan.add(first, block)
-    finite = bool(np.isfinite(scan.row_norms).all())
-    found = spectrum(functools.partial(blocks, "singular values, rows"), shape) if finite else None
-    return TensorDetail(scan.row_norms, scan.column_norms, scan.map, found)
+        norms.add(first, block)
+        seen.add(first, block)
+    finite = bool(np.isfinite(norms.rows).all())
+    found = spectrum(functools.partial(blocks, "singular values, rows"), matrix.shape) if finite else None
+    return TensorDetail(norms.rows, norms.columns, seen.cells, found)
 
 
 # -- jobs -------------------------------------------------------------------------------------------------------------------------
@@ -188,5 +168,5 @@ def weight_tensor_job(context: Context, params: dict[str, Any]) -> dict[str, Any
     path, weights = _open(context, params["model"])
     identity, name, index = identity_of(path), str(params["tensor"]), int(params.get("index", 0))
     if TensorDetail.load(context.derived, identity, name, index) is None:
-        tensor_detail(weights.stored(name), index, context.progress, context.should_stop).save(context.derived, identity, name, index)
+        tensor_detail(Matrix(weights.stored(name), index), context.progress, context.should_stop).save(context.derived, identity, name, index)
     return {"identity": identity}
