@@ -41,6 +41,12 @@ STATISTICS = {
     "n_nan": "NaN",
     "n_inf": "infinite",
 }
+# Components in the order of a forward pass, by how their names begin; what is not here comes after, in the order of the file.
+_ORDER = (
+    "ln1.", "attn.W_Q", "attn.b_Q", "attn.q_", "attn.W_K", "attn.b_K", "attn.k_", "attn.W_V", "attn.b_V", "attn.W_O", "attn.b_O", "attn.", "ln1_post.", "ln2.",
+    "mlp.W_router", "mlp.b_router", "mlp.W_gate", "mlp.b_gate", "mlp.W_in", "mlp.b_in", "mlp.W_out", "mlp.b_out",
+    "mlp.experts.W_gate", "mlp.experts.W_in", "mlp.experts.W_out", "mlp.experts.", "mlp.shared.", "mlp.", "ln2_post.",
+)  # fmt: skip
 _LAYER = re.compile(r"(?:^|\.)(?:blocks|blk|layers?|h)\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
@@ -251,12 +257,16 @@ def place(native: str, canonical: Sequence[str]) -> tuple[int | None, str]:
 
 
 def by_component(rows: Iterable[dict[str, Any]]) -> dict[str, dict[int, list[dict[str, Any]]]]:
-    """component -> layer -> the tensors of that place (several where experts are stored one by one); tensors outside the layers are left out."""
+    """component -> layer -> the tensors of that place (several where experts are stored one by one), in the order of a forward pass.
+
+    Tensors outside the layers, and those without numbers, are left out.
+    """
     found: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for row in rows:
         if row["layer"] is not None and not row["note"]:
             found.setdefault(row["component"], {}).setdefault(row["layer"], []).append(row)
-    return found
+    order = {name: next((i for i, prefix in enumerate(_ORDER) if name.startswith(prefix)), len(_ORDER)) for name in found}
+    return {name: found[name] for name in sorted(found, key=lambda name: order[name])}
 
 
 def joint(rows: Sequence[dict[str, Any]]) -> dict[str, float]:

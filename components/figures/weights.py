@@ -27,15 +27,18 @@ def statistic_heatmap(values: NDArray[np.floating], layers: Sequence[int], compo
                        for layer, row in zip(layers, values, strict=True)], dtype=object)  # fmt: skip
     finite = shown[np.isfinite(shown)]
     low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
-    signed = scale == "linear" and low < 0
-    reach = max(-low, high) or 1.0
-    limits = {"zmin": -reach, "zmax": reach, "colorscale": diverging(theme)} if signed else {"zmin": min(low, 0.0) if scale == "linear" else low, "zmax": high if high > low else low + 1, "colorscale": sequential(theme)}
+    if scale == "linear" and low < 0:
+        reach = max(-low, high)
+        limits: dict[str, object] = {"zmin": -reach, "zmax": reach, "colorscale": diverging(theme)}
+    else:
+        limits = {"zmin": 0.0 if scale == "linear" else low, "zmax": high if high > low else low + 1, "colorscale": sequential(theme)}
     cells = go.Heatmap(z=compact(shown), customdata=hovers, hovertemplate="%{customdata}<extra></extra>", hoverongaps=False, xgap=1, ygap=1, colorbar=bar, **limits)
     found = figure(theme, cells, plot_bgcolor=colours(theme)["surface-2"])
     if chosen is not None and chosen[0] in layers and chosen[1] in components:
         row, column = list(layers).index(chosen[0]), list(components).index(chosen[1])
         found.add_shape(type="rect", x0=column - 0.5, x1=column + 0.5, y0=row - 0.5, y1=row + 0.5, line={"color": colours(theme)["accent"], "width": 2})
     step = max(1, len(layers) // 24)
+    found.update_layout(margin={"r": 48})  # the last slanted name
     found.update_xaxes(side="top", tickangle=-40, showgrid=False, zeroline=False, tickmode="array", tickvals=list(range(len(components))),
                        ticktext=[escape(name) for name in components], tickfont={"family": MONO, "size": 11})  # fmt: skip
     found.update_yaxes(autorange="reversed", showgrid=False, zeroline=False, tickmode="array", tickvals=list(range(0, len(layers), step)),
@@ -66,24 +69,27 @@ def histogram(counts: NDArray[np.integer], edges: NDArray[np.float64], mean: flo
     left, right, height = edges[:-1][shown], edges[1:][shown], np.asarray(counts[shown], np.float64)
     hovers = np.array([f"{a:.4g} to {b:.4g}<br>{int(c):,} weights" for a, b, c in zip(left, right, height, strict=True)], dtype=object)
     c = colours(theme)
-    bars = go.Bar(x=compact((left + right) / 2), y=compact(np.where(height > 0, height, np.nan) if log else height), width=compact(right - left), marker={"color": c["accent"], "line": {"width": 0}},
-                  customdata=hovers, hovertemplate="%{customdata}<extra></extra>")  # fmt: skip
+    bars = go.Bar(
+        x=compact((left + right) / 2), y=compact(np.where(height > 0, height, np.nan) if log else height), width=compact(right - left),
+        marker={"color": c["accent"], "line": {"width": 0}}, customdata=hovers, hovertemplate="%{customdata}<extra></extra>",
+    )  # fmt: skip
     found = figure(theme, bars, bargap=0)
     found.add_vline(x=mean, line={"color": c["ink-2"], "width": 1, "dash": "dot"})
     for sign in (-1, 1):
         at = mean + sign * 6 * std
-        if left[0] <= at <= right[-1]:
-            found.add_vline(x=at, line={"color": c["line-strong"], "width": 1, "dash": "dash"}, annotation={"text": f"{'-' if sign < 0 else '+'}6 σ", "font": {"size": 11, "color": c["ink-3"]}})
+        if std and left[0] <= at <= right[-1]:
+            note = {"text": f"{'−' if sign < 0 else '+'}6 σ", "font": {"size": 11, "color": c["ink-3"]}}
+            found.add_vline(x=at, line={"color": c["line-strong"], "width": 1, "dash": "dash"}, annotation=note)
     found.update_xaxes(title="weight", zeroline=False)
-    found.update_yaxes(title="weights in a bin" + (", log scale" if log else ""), type="log" if log else "linear", rangemode="tozero", exponentformat="power", **({"dtick": 1} if log else {"nticks": 6}))
+    found.update_yaxes(title="weights in a bin" + (", log scale" if log else ""), rangemode="tozero", tickformat="~s", **({"type": "log", "dtick": 1} if log else {"nticks": 6}))
     return found
 
 
-def component_histograms(counts: NDArray[np.integer], edges: NDArray[np.float64], layers: Sequence[int], log: bool = False, chosen: int | None = None,
+def component_histograms(counts: NDArray[np.integer], edges: NDArray[np.float64], names: Sequence[str], log: bool = False, chosen: int | None = None,
                          theme: str = "light") -> go.Figure:  # fmt: skip
     """One component's distribution through the layers: a row a layer, a column a bin, colour the share of the layer's weights in it.
 
-    counts: (layer, bin), all of one range. log: colour by log10 of the share, which shows the tails.
+    counts: (row, bin), all of one range; names: the rows'; chosen: the number of a row to frame. log: colour by log10 of the share, which shows the tails.
     """
     total = counts.sum(axis=1, keepdims=True)
     occupied = np.flatnonzero(counts.sum(axis=0))
@@ -97,17 +103,18 @@ def component_histograms(counts: NDArray[np.integer], edges: NDArray[np.float64]
     finite = z[np.isfinite(z)]
     low, high = (float(finite.min()) if log else 0.0), float(finite.max())
     bar = scale_bar(nticks=5, tickprefix="10<sup>", ticksuffix="</sup>") if log else scale_bar(nticks=4)
-    cells = go.Heatmap(z=compact(z), x=compact(middle), y=list(range(len(layers))), customdata=compact(share), hoverongaps=False, zmin=low, zmax=high if high > low else low + 1,
-                       colorscale=sequential(theme), colorbar=bar, hovertemplate="weights near %{x:.4g}<br>share of the layer %{customdata:.3g}<extra></extra>")  # fmt: skip
+    cells = go.Heatmap(
+        z=compact(z), x=compact(middle), y=list(range(len(names))), customdata=compact(share), hoverongaps=False, zmin=low, zmax=high if high > low else low + 1,
+        colorscale=sequential(theme), colorbar=bar, hovertemplate="weights near %{x:.4g}<br>share of the tensor %{customdata:.3g}<extra></extra>",
+    )  # fmt: skip
     found = figure(theme, cells)
-    if chosen is not None and chosen in layers:
-        row = list(layers).index(chosen)
-        found.add_shape(type="rect", xref="paper", x0=0, x1=1, y0=row - 0.5, y1=row + 0.5, line={"color": colours(theme)["accent"], "width": 1.5})
-    step = max(1, len(layers) // 16)
-    found.update_xaxes(title="weight", zeroline=False, showgrid=False)
-    found.update_yaxes(autorange="reversed", showgrid=False, zeroline=False, tickmode="array", tickvals=list(range(0, len(layers), step)),
-                       ticktext=[f"L{layer}" for layer in list(layers)[::step]])  # fmt: skip
-    return with_scale(found, "share of the layer's weights in a bin" + (", log scale" if log else ""), theme)
+    if chosen is not None:
+        found.add_shape(type="rect", xref="paper", x0=0, x1=1, y0=chosen - 0.5, y1=chosen + 0.5, line={"color": colours(theme)["accent"], "width": 1.5})
+    step = max(1, len(names) // 16)
+    found.update_xaxes(title="weight", side="top", zeroline=False, showgrid=False)
+    found.update_yaxes(autorange="reversed", showgrid=False, zeroline=False, tickmode="array", tickvals=list(range(0, len(names), step)),
+                       ticktext=[escape(name) for name in list(names)[::step]])  # fmt: skip
+    return with_scale(found, "share of the tensor's weights in a bin" + (", log scale" if log else ""), theme)
 
 
 def weight_map(cells: NDArray[np.floating], edges: tuple[Edges, Edges], limit: float, axes: tuple[str, str], mark: tuple[int, int] | None = None,
@@ -128,11 +135,8 @@ def weight_map(cells: NDArray[np.floating], edges: tuple[Edges, Edges], limit: f
     )  # fmt: skip
     found = figure(theme, shown)
     if mark is not None and rows[0] <= mark[0] < rows[-1] and columns[0] <= mark[1] < columns[-1]:
-        at = {"x0": mark[1] - width / 2, "x1": mark[1] + width / 2, "y0": mark[0] - height / 2, "y1": mark[0] + height / 2}
-        if not exact:  # a frame of a pixel would not be seen
-            found.add_trace(go.Scatter(x=[mark[1]], y=[mark[0]], mode="markers", marker={"symbol": "circle-open", "size": 16, "color": colours(theme)["accent"], "line": {"width": 2}}, hoverinfo="skip"))
-        else:
-            found.add_shape(type="rect", **at, line={"color": colours(theme)["accent"], "width": 2})
+        ring = {"symbol": "circle-open", "size": 18, "color": colours(theme)["ink"], "line": {"width": 2}}  # a frame of one cell may be a pixel wide
+        found.add_trace(go.Scatter(x=[mark[1]], y=[mark[0]], mode="markers", marker=ring, hoverinfo="skip"))
     found.update_xaxes(title=axes[1], side="top", showgrid=False, zeroline=False, range=[columns[0] - 0.5, columns[-1] - 0.5], tickformat=",d", nticks=12)
     found.update_yaxes(title=axes[0], showgrid=False, zeroline=False, range=[rows[-1] - 0.5, rows[0] - 0.5], tickformat=",d", nticks=10)
     return with_scale(found, f"weight; the colour saturates at ±{number(limit)}", theme)
@@ -165,7 +169,8 @@ def norm_lines(row_norms: NDArray[np.floating], column_norms: NDArray[np.floatin
 
 def singular_values(values: NDArray[np.floating], log: bool = True, theme: str = "light") -> go.Figure:
     """Singular values by rank, largest first. values: (k,)."""
-    line = go.Scatter(x=np.arange(1, len(values) + 1, dtype=np.int32), y=compact(np.where(values > 0, values, np.nan) if log else values), mode="lines+markers" if len(values) <= 64 else "lines",
+    shown = np.where(values > 0, values, np.nan) if log else values
+    line = go.Scatter(x=np.arange(1, len(values) + 1, dtype=np.int32), y=compact(shown), mode="lines+markers" if len(values) <= 64 else "lines",
                       line={"color": colours(theme)["accent"], "width": 1.5}, marker={"size": 4}, hovertemplate="number %{x}<br>σ %{y:.5g}<extra></extra>")  # fmt: skip
     found = figure(theme, line)
     found.update_xaxes(title="singular value, by size", zeroline=False)
