@@ -24,10 +24,10 @@ from components.services import services
 from components.states import empty, error
 
 MAP_ROWS, MAP_COLUMNS = 320, 640
-READ_AT_ONCE = 1 << 25  # weights that the server reads for one picture: a few tenths of a second
+READ_AT_ONCE = 1 << 26  # weights that the server reads for one picture: a few tenths of a second
 # Read without asking: some twenty seconds on two cores. Both rates are only ever shown as "about".
 _AT_ONCE_S = 20.0
-_WEIGHTS_PER_S, _MULTIPLY_ADDS_PER_S = 1.5e8, 2.5e10
+_WEIGHTS_PER_S, _MULTIPLY_ADDS_PER_S = 1.5e8, 3e10
 
 Region = tuple[int, int, int, int]  # first row, last row + 1, first column, last column + 1
 Edges = NDArray[np.int64]

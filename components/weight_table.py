@@ -42,7 +42,8 @@ _TEXT = ("dtype", "shape")
 
 def tensor_grid(report: WeightReport, chosen: int) -> dag.AgGrid:
     """Every tensor, sortable and searchable; ids `weights-grid`, row ids the tensors' numbers. Names are shown as text, never as markup."""
-    name = {"field": "name", "headerName": "Tensor", "pinned": "left", "width": 248, "cellClass": "mono", "tooltipField": "name"}
+    name = {"field": "name", "headerName": "Tensor", "pinned": "left", "width": 248, "cellClass": "mono", "tooltipField": "name",
+            "cellClassRules": {"marked": "params.data.mark != ''"}}  # fmt: skip
     canonical = {"field": "canonical", "headerName": "Canonical name", "width": 210, "cellClass": "mono", "tooltipField": "canonical"}
     mark = {"field": "mark", "headerName": "Mark", "width": 150, "tooltipField": "mark"}
     columns = [name, canonical, *(_column(field, *about) for field, about in _COLUMNS.items()), mark]

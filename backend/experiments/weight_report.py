@@ -31,6 +31,7 @@ from backend.weights import PIECE, Weight, Weights, open_weights
 SHARE = 64 * PIECE  # weights of a task
 _MEGA = 1_000_000
 
+Found = tuple[Moments, Counts] | LayerscopeError
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -40,20 +41,22 @@ def weight_report(weights: Weights, progress: Progress = no_progress, should_sto
     tensors = {name: weights.stored(name) for name in weights.native_names}
     canonical = weights.canonical_names()
     total = sum(tensor.nbytes for tensor in tensors.values())
-    found: dict[str, tuple[Moments, Counts] | LayerscopeError] = {}
     read = 0
-    for name, result in _each(tensors, n_threads or default_threads(), should_stop):
-        found[name] = result
-        read += tensors[name].nbytes
+
+    def advance(n_bytes: int) -> None:
+        nonlocal read
+        read += n_bytes
         progress("weights read, in megabytes", read // _MEGA, max(total // _MEGA, 1))
+
+    found = dict(_each(tensors, n_threads or default_threads(), advance, should_stop))
     rows = [_row(tensor, canonical[name], found[name]) for name, tensor in tensors.items()]
     counted = [result[1].bins if isinstance(result, tuple) else np.zeros(analysis.N_BINS, np.int64) for result in (found[name] for name in tensors)]
     bins = np.array(counted, np.uint64).reshape(len(rows), analysis.N_BINS)
     return WeightReport(rows, bins)
 
 
-def _each(tensors: dict[str, Weight], n_threads: int, should_stop: ShouldStop) -> Iterator[tuple[str, tuple[Moments, Counts] | LayerscopeError]]:
-    """(name, what the two passes found, or why the tensor cannot be read), small tensors first."""
+def _each(tensors: dict[str, Weight], n_threads: int, advance: Callable[[int], None], should_stop: ShouldStop) -> Iterator[tuple[str, Found]]:
+    """(name, what the two passes found, or why the tensor cannot be read), small tensors first. advance: told the bytes that were read."""
     readable = {name: tensor for name, tensor in tensors.items() if tensor.why_unreadable is None}
     for name, tensor in tensors.items():
         if tensor.why_unreadable is not None:
@@ -61,17 +64,19 @@ def _each(tensors: dict[str, Weight], n_threads: int, should_stop: ShouldStop) -
     small = [name for name, tensor in readable.items() if tensor.size <= SHARE]
     # The pieces' scalar products must not start threads of their own.
     with threadpool_limits(1, user_api="blas"), _Pool(n_threads, should_stop) as pool:
-        yield from zip(small, pool.map(lambda name: _whole(readable[name]), small), strict=True)
+        for name, found in zip(small, pool.map(lambda name: _whole(readable[name]), small), strict=True):
+            advance(readable[name].nbytes)
+            yield name, found
         for name, tensor in readable.items():
             if tensor.size > SHARE:
-                yield name, _shared_out(tensor, pool)
+                yield name, _shared_out(tensor, pool, advance)
 
 
 def tensor_report(tensor: Weight, canonical: list[str]) -> tuple[dict[str, Any], np.ndarray]:
     """One row of the report and its histogram, (N_BINS,)."""
     if tensor.why_unreadable is not None:
         return _row(tensor, canonical, LayerscopeError(tensor.why_unreadable)), np.zeros(analysis.N_BINS, np.int64)
-    found = next(result for _, result in _each({tensor.name: tensor}, default_threads(), never_stop))
+    found = next(result for _, result in _each({tensor.name: tensor}, default_threads(), lambda n_bytes: None, never_stop))
     assert isinstance(found, tuple), "a readable tensor has numbers"
     return _row(tensor, canonical, found), found[1].bins
 
@@ -100,19 +105,22 @@ def _whole(tensor: Weight) -> tuple[Moments, Counts]:
     return moments, analysis.counts(tensor.pieces(), moments, analysis.largest_floor(peaks))
 
 
-def _shared_out(tensor: Weight, pool: _Pool) -> tuple[Moments, Counts]:
+def _shared_out(tensor: Weight, pool: _Pool, advance: Callable[[int], None]) -> tuple[Moments, Counts]:
     starts = range(0, tensor.size, SHARE)
+    half = tensor.nbytes // (2 * len(starts))  # of a share's bytes, since both passes read it
     moments, peaks = Moments(), []
     for part, part_peaks in pool.map(lambda start: analysis.moments(tensor.pieces(start, min(start + SHARE, tensor.size))), starts):
         moments = moments.merged(part)
         peaks += part_peaks
+        advance(half)
     floor, counts = analysis.largest_floor(peaks), Counts()
     for counted in pool.map(lambda start: analysis.counts(tensor.pieces(start, min(start + SHARE, tensor.size)), moments, floor, start), starts):
         counts = counts.merged(counted)
+        advance(half)
     return moments, counts
 
 
-def _row(tensor: Weight, canonical: list[str], result: tuple[Moments, Counts] | LayerscopeError) -> dict[str, Any]:
+def _row(tensor: Weight, canonical: list[str], result: Found) -> dict[str, Any]:
     moments, counts = result if isinstance(result, tuple) else (Moments(), Counts())
     layer, component = analysis.place(tensor.name, canonical)
     return {
@@ -139,7 +147,8 @@ def tensor_detail(matrix: Matrix, progress: Progress = no_progress, should_stop:
         norms.add(first, block)
         seen.add(first, block)
     finite = bool(np.isfinite(norms.rows).all())
-    found = spectrum(functools.partial(blocks, "singular values, rows"), matrix.shape) if finite else None
+    with threadpool_limits(1, user_api="blas"):  # the QR of a tall thin matrix is thirty times slower where two threads wait for each other
+        found = spectrum(functools.partial(blocks, "singular values, rows"), matrix.shape) if finite else None
     return TensorDetail(norms.rows, norms.columns, seen.cells, found)
 
 

@@ -38,7 +38,7 @@ def statistic_heatmap(values: NDArray[np.floating], layers: Sequence[int], compo
         row, column = list(layers).index(chosen[0]), list(components).index(chosen[1])
         found.add_shape(type="rect", x0=column - 0.5, x1=column + 0.5, y0=row - 0.5, y1=row + 0.5, line={"color": colours(theme)["accent"], "width": 2})
     step = max(1, len(layers) // 24)
-    found.update_layout(margin={"r": 48})  # the last slanted name
+    found.update_layout(margin={"r": 16 + 5 * len(components[-1]) if len(components) else 8})  # room for the last slanted name
     found.update_xaxes(side="top", tickangle=-40, showgrid=False, zeroline=False, tickmode="array", tickvals=list(range(len(components))),
                        ticktext=[escape(name) for name in components], tickfont={"family": MONO, "size": 11})  # fmt: skip
     found.update_yaxes(autorange="reversed", showgrid=False, zeroline=False, tickmode="array", tickvals=list(range(0, len(layers), step)),
