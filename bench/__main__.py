@@ -9,7 +9,7 @@ import time
 
 from bench.report import keep, markdown, write_document
 
-PARTS = ("gguf", "hf", "size", "growth", "gpu", "peers")
+PARTS = ("gguf", "hf", "size", "growth", "weights", "gpu", "peers")
 
 
 def main(wanted: list[str]) -> None:

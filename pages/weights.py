@@ -61,12 +61,11 @@ def layout(model: str | None = None, tensor: str | None = None, stat: str | None
     try:
         found = source(name)
         report = found.report
-        body = html.Div(report_missing(found), id="weights-body") if report is None else html.Div(_cards(found, report, asked))
-        body.className = "card-stack"
+        shown = report_missing(found) if report is None else _cards(found, report, asked)
     except LayerscopeError as problem:
         return _page(None, usable, [states.error(str(problem))])
     state = dcc.Store(id="weights-page", data={"model": found.entry.name, "asked": asked})
-    return _page(found, usable, [state, body])
+    return _page(found, usable, [state, html.Div(shown, className="card-stack", **({"id": "weights-body"} if report is None else {}))])
 
 
 def _page(found: Source | None, models: list[str], body: list[Any]) -> html.Div:
