@@ -35,8 +35,8 @@ from backend.hf_config import TensorEntry, check_folder
 from backend.model_info import ModelInfo
 from backend.weight_names import GGUF_NAMES, HF_NAMES, ROTARY_INTERLEAVED, Names, Stored, section
 
-# Values read at a time where a tensor is read from end to end: with its double-precision copy it fits a core's cache.
-PIECE = 1 << 16
+# Values read at a time where a tensor is read from end to end: few enough that they and their double-precision copies stay near the cores.
+PIECE = 1 << 17
 PIECE_UNIT = 256  # the longest block of any quantized type
 _FLOATS: dict[str, type[np.generic]] = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
 

@@ -28,7 +28,7 @@ from backend.weight_matrix import Matrix
 from backend.weight_results import MAP_SIDE, TensorDetail, WeightReport
 from backend.weights import PIECE, Weight, Weights, open_weights
 
-SHARE = 64 * PIECE  # weights of a task
+SHARE = 32 * PIECE  # weights of a task
 _MEGA = 1_000_000
 
 Found = tuple[Moments, Counts] | LayerscopeError
