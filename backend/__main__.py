@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
+from backend.commands import weights
 from backend.commands.graph import graph
 from backend.errors import LayerscopeError
 
@@ -239,6 +240,9 @@ def _register(path: Any) -> None:
     from config import load_settings
 
     Library.from_settings(load_settings()).add(path)
+
+
+weights.register(app, _Bar)
 
 
 def main(run: Callable[[], Any] = app) -> None:

@@ -4,6 +4,7 @@
     weights["blocks.1.mlp.W_out"]                 float32 ndarray in file orientation (out, in), dequantized
     weights.lazy("blocks.1.mlp.W_out")[3:5, :16]  the same, but only these rows are read and dequantized
     weights.lazy("embed.W_E").shape               nothing is read
+    weights.stored("blk.1.ffn_down.weight").pieces()   all values of a stored tensor, one after the other, in bounded memory
 
 Canonical names follow TransformerLens: embed.W_E, blocks.L.ln1.w, blocks.L.attn.W_Q/W_K/W_V/W_O (biases b_Q, ...), blocks.L.ln2.w,
 blocks.L.mlp.W_gate/W_in/W_out, blocks.L.mlp.W_router, blocks.L.mlp.experts.W_gate/W_in/W_out (expert, out, in), ln_final.w, unembed.W_U.
@@ -36,6 +37,9 @@ from backend.hf_config import TensorEntry, check_folder
 from backend.model_info import ModelInfo
 from backend.weight_names import EACH, GGUF_NAMES, HF_NAMES, ROTARY_INTERLEAVED, Names, Stored, section_rows
 
+# Values read at a time where a tensor is read from end to end: few enough that they and their double-precision copies stay near the cores.
+PIECE = 1 << 17
+PIECE_UNIT = 256  # the longest block of any quantized type
 _FLOATS: dict[str, type[np.generic]] = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
 
 
@@ -77,6 +81,34 @@ class _FileRows:
         from backend.engines.ggml import dequantize  # libggml-base alone, and only where a weight is quantized
 
         return dequantize(self.type_id, data, len(data) // self.row_bytes * self.columns).reshape(-1, self.columns)
+
+    @property
+    def why_unreadable(self) -> str | None:
+        """See Weight.why_unreadable."""
+        if self.dtype in _FLOATS or self.dtype == "BF16":
+            return None
+        if self.type_id is None:
+            return f"{self.path.name} stores weights as {self.dtype}, which cannot be read; F16, BF16, F32 and F64 can."
+        from backend.engines.ggml import can_dequantize
+
+        return None if can_dequantize(self.type_id) else f"{self.path.name} stores a tensor as {self.dtype}, which ggml cannot convert to float32."
+
+    def pieces(self, start: int, stop: int, most: int) -> Iterator[NDArray[np.float32]]:
+        """See Weight.pieces."""
+        from backend.engines.ggml import dequantize
+
+        type_id = None if self.dtype in _FLOATS or self.dtype == "BF16" else self.type_id
+        single = self if type_id is not None or not self.columns else replace(self, columns=1, row_bytes=self.row_bytes // self.columns)
+        buffer = np.empty(min(most, max(stop - start, 0)), np.float32)
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            for at in range(start, stop, most):
+                n = min(most, stop - at)
+                first, n_bytes = at * self.row_bytes // self.columns, n * self.row_bytes // self.columns
+                data = _read_exactly(descriptor, self.path, self.offset + first, n_bytes)
+                yield single._decode(data).reshape(-1) if type_id is None else dequantize(type_id, data, n, buffer[:n])
+        finally:
+            os.close(descriptor)
 
 
 @dataclass(frozen=True)
@@ -160,6 +192,22 @@ class Weight:
         values = self.rows.read(stored.reshape(-1)).reshape(*leading.shape, self.shape[-1])
         return values[..., index[-1]]
 
+    @property
+    def why_unreadable(self) -> str | None:
+        """Why a tensor under its native name has no values as float32 (it holds integers, or a type that nothing here reads); None: it has."""
+        return self.rows.why_unreadable if isinstance(self.rows, _FileRows) else None
+
+    def pieces(self, start: int = 0, stop: int | None = None, most: int = PIECE) -> Iterator[NDArray[np.float32]]:
+        """The values `start` to `stop` of a tensor under its native name, flat, in the order of the file, at most `most` at a time.
+
+        `start` and `most` are multiples of PIECE_UNIT. A piece is good until the next one is asked for: both may be the same memory.
+        """
+        if not isinstance(self.rows, _FileRows):
+            raise LayerscopeError(f"{self.name} is made from what the file stores; its pieces are those of {self.native[0]}.")
+        if start % PIECE_UNIT or most % PIECE_UNIT:
+            raise ValueError(f"pieces begin at multiples of {PIECE_UNIT}, not at {start} in steps of {most}")
+        return self.rows.pieces(start, self.size if stop is None else stop, most)
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
         return self[...].astype(dtype or np.float32, copy=False)
 
@@ -181,6 +229,19 @@ class Weights(Mapping[str, NDArray[np.float32]]):
     @property
     def native_names(self) -> tuple[str, ...]:
         return tuple(self._native)
+
+    def stored(self, name: str) -> Weight:
+        """The tensor as the file stores it, by its native name or by the canonical name of what is made from it (its first part)."""
+        weight = self.lazy(name)
+        return self._native.get(name) or self._native[weight.native[0]]
+
+    def canonical_names(self) -> dict[str, list[str]]:
+        """Native name -> the canonical weights that are made from it: several for a fused matrix, none for what has no such name."""
+        found: dict[str, list[str]] = {name: [] for name in self._native}
+        for name, weight in self._canonical.items():
+            for native in weight.native:
+                found[native].append(name)
+        return found
 
     def __getitem__(self, name: str) -> NDArray[np.float32]:
         return self.lazy(name)[...]

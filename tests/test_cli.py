@@ -98,3 +98,50 @@ def test_a_mistake_is_one_sentence_on_stderr_and_exit_code_2(run, tiny_llama, tm
     assert code == 2 and out == ""
     assert message in lines[-1] and len(lines) == 1 and "Traceback" not in err
     assert not list((tmp_path / "data").rglob("*.h5*"))
+
+
+def test_weights_lists_tensors_and_their_statistics_as_table_json_and_csv(run, tiny_llama):
+    import csv
+    import io
+
+    import numpy as np
+
+    from backend.weights import open_weights
+
+    path = str(tiny_llama.gguf)
+    listed = json.loads(run("weights", "--model", path, "--json")[1])
+    assert [row["name"] for row in listed["tensors"]] == list(open_weights(path).native_names) and "std" not in listed["tensors"][0]
+    assert "blk.1.ffn_down.weight" in run("weights", "--model", path)[1]
+    told = json.loads(run("weights", "--model", path, "--stats", "json")[1])
+    rows = {row["name"]: row for row in csv.DictReader(io.StringIO(run("weights", "--model", path, "--stats", "csv")[1]))}
+    assert len(rows) == len(told["tensors"]) and len(told["super_weight_candidates"]) == 3 * 3
+    for row in told["tensors"]:
+        values = open_weights(path)[row["name"]].astype(np.float64)
+        assert row["std"] == pytest.approx(values.std(), rel=1e-6) and float(rows[row["name"]]["std"]) == row["std"]
+
+
+def test_weights_of_one_tensor_are_found_by_either_name(run, tiny_mixtral):
+    import numpy as np
+
+    from backend.weights import open_weights
+
+    one = json.loads(run("weights", "--model", str(tiny_mixtral.hf), "--tensor", "blocks.1.mlp.experts.W_out", "--index", "3", "--json")[1])
+    assert one["name"] == "model.layers.1.block_sparse_moe.experts.3.w2.weight"
+    stacked = json.loads(run("weights", "--model", str(tiny_mixtral.gguf), "--tensor", "blk.1.ffn_down_exps.weight", "--index", "3", "--json")[1])
+    values = open_weights(tiny_mixtral.hf)["blocks.1.mlp.experts.W_out"][3].astype(np.float64)
+    for found in (one, stacked):
+        np.testing.assert_allclose(found["singular_values"], np.linalg.svd(values, compute_uv=False), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(found["row_norms"], np.linalg.norm(values, axis=1), rtol=1e-6)
+    assert sum(one["histogram"]["counts"]) == values.size
+    text = run("weights", "--model", str(tiny_mixtral.hf), "--tensor", "blocks.1.ln1.w")[1]
+    assert "kurtosis" in text and "singular" not in text
+
+
+def test_weights_mistakes_are_one_sentence(run, tiny_llama):
+    path = str(tiny_llama.gguf)
+    for words, said in (
+        (("--tensor", "nonsense"), "no weight 'nonsense'"), (("--tensor", "blocks.1.mlp.W_out", "--index", "9"), "there is no number 9"),
+        (("--stats", "xml"), "'xml' is not one of json, csv"), (("--stats", "csv", "--json"), "goes with neither"),
+    ):  # fmt: skip
+        code, out, err = run("weights", "--model", path, *words)
+        assert code == 2 and out == "" and said in err.splitlines()[-1]

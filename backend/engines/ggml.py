@@ -126,17 +126,27 @@ def row_size(type_id: int, n: int) -> int:
     return n // block * n_bytes
 
 
-def dequantize(type_id: int, data: Any, n: int) -> NDArray[np.float32]:
-    """The `n` values stored in `data` (any contiguous buffer of exactly that many blocks), as float32 of shape (n,)."""
+def can_dequantize(type_id: int) -> bool:
+    """Whether ggml has values of this type as floats: integers and the types of intermediate results it has not."""
+    return type_id == F32 or bool(_base().ggml_get_type_traits(type_id).contents.to_float)
+
+
+def dequantize(type_id: int, data: Any, n: int, out: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
+    """The `n` values stored in `data` (any contiguous buffer of exactly that many blocks), as float32 of shape (n,).
+
+    out: contiguous float32 (n,) to write them to, so that a loop over blocks needs no new memory. Other threads run meanwhile.
+    """
     raw = np.frombuffer(data, np.uint8)
     if raw.nbytes != (expected := row_size(type_id, n)):
         raise LayerscopeError(f"{n:,} values of type {type_traits(type_id)[0]} take {expected:,} bytes, not {raw.nbytes:,}.")
+    out = np.empty(n, np.float32) if out is None else out
+    assert out.shape == (n,) and out.dtype == np.float32 and out.flags.c_contiguous, "out holds exactly the values"
     if type_id == F32:  # ggml has no conversion of float32 to itself
-        return raw.view(np.float32).copy()
+        out[:] = raw.view(np.float32)
+        return out
     to_float = _base().ggml_get_type_traits(type_id).contents.to_float
     if not to_float:
         raise LayerscopeError(f"ggml cannot convert the type {type_traits(type_id)[0]} to float32.")
-    out = np.empty(n, np.float32)
     _TO_FLOAT(to_float)(raw.ctypes.data, out.ctypes.data, n)
     return out
 

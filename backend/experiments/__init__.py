@@ -6,6 +6,7 @@ parameters as JSON, and returns JSON.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,28 +42,21 @@ class Context:
 Experiment = Callable[[Context, dict[str, Any]], dict[str, Any]]
 
 
-def _capture(context: Context, params: dict[str, Any]) -> dict[str, Any]:
-    from backend.experiments.capture import capture_job
+def _job(module: str, function: str) -> Experiment:
+    """A job of a module of this package, imported when it first runs: torch and llama_cpp come with it."""
 
-    return capture_job(context, params)
+    def run(context: Context, params: dict[str, Any]) -> dict[str, Any]:
+        job: Experiment = getattr(importlib.import_module(f"{__name__}.{module}"), function)
+        return job(context, params)
 
-
-def _lens(context: Context, params: dict[str, Any]) -> dict[str, Any]:
-    from backend.experiments.logit_lens import lens_job
-
-    return lens_job(context, params)
+    return run
 
 
-def _lens_target(context: Context, params: dict[str, Any]) -> dict[str, Any]:
-    from backend.experiments.logit_lens import lens_target_job
-
-    return lens_target_job(context, params)
-
-
-def _graph(context: Context, params: dict[str, Any]) -> dict[str, Any]:
-    from backend.experiments.graph import graph_job
-
-    return graph_job(context, params)
-
-
-KINDS: dict[str, Experiment] = {"capture": _capture, "lens": _lens, "lens_target": _lens_target, "graph": _graph}
+KINDS: dict[str, Experiment] = {
+    "capture": _job("capture", "capture_job"),
+    "lens": _job("logit_lens", "lens_job"),
+    "lens_target": _job("logit_lens", "lens_target_job"),
+    "graph": _job("graph", "graph_job"),
+    "weight_report": _job("weight_report", "weight_report_job"),
+    "weight_tensor": _job("weight_report", "weight_tensor_job"),
+}
