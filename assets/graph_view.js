@@ -1,7 +1,8 @@
-/* The computation graph: what is in sight after a layout and when a node is chosen. Cytoscape's own handle is on its container. */
+/* The computation graph: its layout, and what is in sight after one and when a node is chosen. Cytoscape's own handle is on its container. */
 (function () {
     window.layerscope = window.layerscope || {};
     const READABLE = 0.9;  // zoom at which names can be read
+    const DAGRE = { name: "dagre", rankDir: "TB", nodeSep: 14, rankSep: 26, edgeSep: 8, animate: false, fit: false };
     const wanted = { node: null, block: null };
     const handle = () => { const frame = document.getElementById("graph-canvas"); return frame && frame._cyreg && frame._cyreg.cy; };
 
@@ -28,6 +29,13 @@
         if (box.h > cy.height()) cy.panBy({ x: 0, y: 36 - box.y1 });
     }
 
+    /** Top to bottom by dagre. Edges that run past everything are drawn but have no say: they would take most of the time and space. */
+    function arrange(cy) {
+        const layout = cy.elements().not(".far").layout(DAGRE);
+        layout.one("layoutstop", () => settle(cy));
+        layout.run();
+    }
+
     function whenThere(act, left) {
         const cy = handle();
         if (cy) act(cy);
@@ -42,8 +50,9 @@
         whenThere((cy) => {
             if (!cy.scratch("layerscope")) {
                 cy.scratch("layerscope", true);
-                cy.on("layoutstop", () => settle(cy));
-                if (cy.nodes().some((one) => one.position("y") !== 0)) settle(cy);  // a layout has run before
+                // Dash places nothing (layout "preset") whenever elements come or go; then it is our turn.
+                cy.on("layoutstop", (event) => { if (event.layout.options.name === "preset") arrange(cy); });
+                if (cy.elements().length) arrange(cy);
             }
             const found = wanted.node ? cy.getElementById(wanted.node) : cy.collection();
             if (!fresh && found.length) centreOn(cy, found);

@@ -24,7 +24,8 @@ ABOUT = (
     "GGUF: llama.cpp's scheduler tells each node before it runs, and a node's sources are found by their address (its names are not unique). "
     "PyTorch: every operator that is dispatched, modules without children as one node each, edges by the identity of tensors.",
     "A dashed edge leads through memory: keys and values are written into the cache by one node and read from it by another. Views compute nothing and are left out "
-    "unless asked for, and so are nodes that the output does not depend on; edges lead through them.",
+    "unless asked for, and so are nodes that the output does not depend on; edges lead through them. An edge that runs past blocks (rotary tables, masks) is drawn when the node "
+    "at one of its ends is chosen.",
     "Shapes are in NumPy's order. A blue frame marks a node whose values a capture stores under the name of a site.",
 )  # fmt: skip
 
@@ -57,7 +58,7 @@ def graph_cards(graph: ModelGraph, unfolded: list[int], show: list[str]) -> html
 
 def _operations(graph: ModelGraph) -> html.Section:
     counts = count_ops(graph)
-    rows = [html.Tr([html.Td(op, className="mono"), html.Td(f"{n:,}", className="num")]) for op, n in counts]
+    rows = [html.Tr([html.Td(op, className="mono wrap"), html.Td(f"{n:,}", className="num")]) for op, n in counts]
     table = html.Table([html.Thead(html.Tr([html.Th("Op"), html.Th("Nodes", className="num")])), html.Tbody(rows)], className="ls-table compact")
     return card("Operations", html.Div(table, className="table-scroll table-ops"), f"{len(counts)} different ones, views included; {graph.version}.")
 

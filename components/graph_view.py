@@ -18,7 +18,7 @@ from components.figures.theme import LINES, MONO, SANS, colours
 
 cyto.load_extra_layouts()  # dagre, from the package's own files
 
-LAYOUT = {"name": "dagre", "rankDir": "TB", "nodeSep": 14, "rankSep": 26, "edgeSep": 8, "fit": True, "padding": 16, "animate": False}
+LAYOUT = {"name": "preset", "fit": False}  # assets/graph_view.js lays the graph out, by dagre
 _LABEL = 34  # characters of a name on the canvas
 
 # What an op is, by the beginning or a part of its name, first match first: (class, words in the legend, parts of names).
@@ -91,7 +91,7 @@ def stylesheet(theme: str, chosen: str | None = None) -> list[dict[str, Any]]:
         _rule("edge", width=1.2, opacity=0.8, **{"curve-style": "bezier", "line-color": c["ink-3"], "target-arrow-color": c["ink-3"], "target-arrow-shape": "triangle",
               "arrow-scale": 0.7}),
         _rule("edge.memory", **{"line-style": "dashed"}),
-        _rule("edge.far", **{"opacity": 0.22}),
+        _rule("edge.far", opacity=0, events="no"),  # dozens of them on top of each other hide the picture: shown from a chosen end
         _rule("node:active", **{"overlay-color": c["accent"], "overlay-opacity": 0.12}),
     ]  # fmt: skip
     if chosen:
@@ -120,4 +120,5 @@ def _fills(theme: str) -> dict[str, tuple[str, str]]:
 def legend() -> html.Div:
     """What the colours mean."""
     marks = [html.Span([html.I(className=f"swatch swatch-{name}"), words]) for name, words, _ in KINDS]
-    return html.Div([*marks, html.Span([html.I(className="swatch swatch-site"), "a capture reads here"])], className="graph-legend")
+    words = ["blue: what the chosen node takes", "orange: what takes it"]
+    return html.Div([*marks, html.Span([html.I(className="swatch swatch-site"), "a capture reads here"]), *map(html.Span, words)], className="graph-legend")

@@ -17,7 +17,7 @@ from backend.trace import Trace
 from components.controls import facts, set_button
 from components.states import empty
 
-_MOST = 12  # neighbours listed
+_MOST = 8  # neighbours listed
 _KINDS = {"weight": "weight of the file", "input": "input of the graph", "cache": "key/value cache", "copy": "copy from another backend", "op": "operation", "module": "module"}
 
 

@@ -19,7 +19,7 @@ class FoldedEdge:
     """From one drawn thing to another; keys are "n12" for a node and "L3" for a folded block.
 
     through_memory: the data goes by way of memory that one wrote and the other reads. far: it leads from outside the blocks, or from
-    a block that is not the one before, into a block: drawn faintly, since such edges run past everything.
+    a block that is not the one before, into a block: such an edge runs past everything.
     """
 
     source: str
