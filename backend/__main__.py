@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
+from backend.commands import quantization
 from backend.errors import LayerscopeError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
@@ -205,6 +206,9 @@ def _register(path: Any) -> None:
     from config import load_settings
 
     Library.from_settings(load_settings()).add(path)
+
+
+quantization.register(app, _Bar)
 
 
 def main(run: Callable[[], Any] = app) -> None:

@@ -98,7 +98,7 @@ class Describer:
         self._known: dict[tuple[Any, ...], ModelInfo | str] = {}
 
     def __call__(self, path: Path) -> ModelInfo:
-        key = _fingerprint(path)
+        key = fingerprint(path)
         if key not in self._known:
             try:
                 self._known[key] = describe(path)
@@ -134,7 +134,7 @@ def describe(path: Path) -> ModelInfo:
         raise LayerscopeError(f"{path} cannot be read: {error.strerror or error}.") from None
 
 
-def _fingerprint(path: Path) -> tuple[Any, ...]:
+def fingerprint(path: Path) -> tuple[Any, ...]:
     """Changes whenever a header may have changed: size and time of the file, or of each file in the folder that is read."""
     try:
         files = sorted([*path.glob("*.json"), *path.glob("*.safetensors")]) if path.is_dir() else [path]

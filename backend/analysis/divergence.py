@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.floating]
 
+_CELLS = 1 << 22  # of one float64 working block: 32 MB
+
 
 def kl(p_log: Floats, q_log: Floats) -> NDArray[np.float64]:
     """Kullback-Leibler divergence KL(p || q) = sum p ln(p / q) over the last axis, in nats; p is the reference.
@@ -80,11 +82,11 @@ def linear_hsic(reference: Floats, other: Floats) -> NDArray[np.float64]:
     n = len(reference)
     if n < 2:
         return np.full(3, np.nan)
-    x, y = _centred(reference), _centred(other)
-    if n <= max(x.shape[1], y.shape[1]):
-        gram_x, gram_y = x @ x.T, y @ y.T
+    if n <= max(reference.shape[1], other.shape[1]):
+        gram_x, gram_y = _centred_gram(reference), _centred_gram(other)
         products = np.array([np.vdot(gram_x, gram_y), np.vdot(gram_x, gram_x), np.vdot(gram_y, gram_y)])
     else:  # <X X^T, Y Y^T> = |X^T Y|^2: the smaller matrix where there are more positions than features
+        x, y = _centred(reference), _centred(other)
         products = np.array([np.sum(np.square(a.T @ b)) for a, b in ((x, y), (x, x), (y, y))])
     return products / (n - 1) ** 2
 
@@ -98,6 +100,16 @@ def cka_of_hsic(hsic: Floats) -> float:
 def _centred(values: Floats) -> NDArray[np.float64]:
     rows = np.asarray(values, np.float64)
     return rows - rows.mean(axis=0)
+
+
+def _centred_gram(values: Floats) -> NDArray[np.float64]:
+    """X X^T of the centred rows, (pos, pos), some columns at a time: an attention map has heads x positions of them."""
+    gram = np.zeros((len(values), len(values)))
+    step = max(1, _CELLS // len(values))
+    for start in range(0, values.shape[1], step):
+        columns = _centred(values[:, start : start + step])
+        gram += columns @ columns.T
+    return gram
 
 
 def _row_products(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:

@@ -33,7 +33,7 @@ class ErrorSums:
         p, q = np.asarray(reference, np.float64).ravel(), np.asarray(other, np.float64).ravel()
         d = q - p
         largest = float(np.abs(d).max()) if len(d) else 0.0
-        return cls(len(p), *(float(np.dot(a, b)) for a, b in ((d, d), (p, p), (q, q), (p, q))), largest)
+        return cls(len(p), float(d @ d), float(p @ p), float(q @ q), float(p @ q), largest)
 
     def __add__(self, other: ErrorSums) -> ErrorSums:
         return ErrorSums(

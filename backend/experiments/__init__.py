@@ -59,4 +59,10 @@ def _lens_target(context: Context, params: dict[str, Any]) -> dict[str, Any]:
     return lens_target_job(context, params)
 
 
-KINDS: dict[str, Experiment] = {"capture": _capture, "lens": _lens, "lens_target": _lens_target}
+def _quantization(context: Context, params: dict[str, Any]) -> dict[str, Any]:
+    from backend.experiments.quantization import quantization_job
+
+    return quantization_job(context, params)
+
+
+KINDS: dict[str, Experiment] = {"capture": _capture, "lens": _lens, "lens_target": _lens_target, "quantization": _quantization}
