@@ -39,6 +39,11 @@ class PromptResult:
     relative_l2: NDArray[np.float32]  # (place, pos)
     cosine: NDArray[np.float32]  # (place, pos)
 
+    @property
+    def changed(self) -> NDArray[np.bool_]:
+        """Where the most probable next token is another one, (pos,)."""
+        return np.asarray(self.shift["top"]) != np.asarray(self.shift["reference_top"])
+
 
 @dataclass(frozen=True)
 class QuantizationReport:

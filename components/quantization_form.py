@@ -88,7 +88,6 @@ def quantization_form(models: Sequence[ModelEntry], model: str | None, reference
                 [html.Button([icon("play"), "Compare"], id="quant-run", className="btn btn-primary", type="button", n_clicks=0), html.Div(id="quant-refused")],
                 className="form-foot",
             ),
-            html.Div(id="quant-progress", className="home-progress"),
         ],
         className="form",
     )  # fmt: skip

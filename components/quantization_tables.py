@@ -12,7 +12,7 @@ from backend.quantization_report import QuantizationReport, percent
 from components.controls import facts
 from components.token_label import token_label
 
-_MOST_ROWS = 1000
+_MOST_ROWS, _MOST_PREDICTIONS = 1000, 300
 _COLUMNS = {"relative_rmse": "Off", "sqnr_db": "SQNR, dB", "rmse": "RMSE", "max_error": "Max error", "cosine": "1 − cosine"}
 
 
@@ -45,23 +45,20 @@ def tensor_table(report: QuantizationReport, metric: str) -> html.Table:
     return html.Table([html.Thead(html.Tr(head)), html.Tbody(rows)], className="ls-table compact")
 
 
-def changed_table(report: QuantizationReport, prompt: int) -> Any:
-    """The positions of a prompt whose best next token changed: what came before, what the two predict, what it cost."""
+def prediction_table(report: QuantizationReport, prompt: int) -> html.Table:
+    """The positions of a prompt, those first whose best next token changed (they are marked), then by KL: what the two predict, what it cost."""
     result = report.prompts[prompt]
-    shift = result.shift
-    changed = np.flatnonzero(np.asarray(shift["top"]) != np.asarray(shift["reference_top"]))
-    if not len(changed):
-        return html.P("Both predict the same best token at every position of this prompt.", className="muted small")
+    shift, changed = result.shift, result.changed
     head = [html.Th("Position", className="num"), html.Th("After"), html.Th("Reference"), html.Th("Quantized"), html.Th("KL, nats", className="num"),
-            html.Th("Next token, nats", className="num", title="Change of the log-probability of the token that really follows")]  # fmt: skip
+            html.Th("Next token", className="num", title="Change of the log-probability of the token that really follows, in nats")]  # fmt: skip
     rows = []
-    for at in changed[np.argsort(-np.asarray(shift["kl"])[changed], kind="stable")][:_MOST_ROWS]:
+    for at in np.lexsort((-np.asarray(shift["kl"]), ~changed))[:_MOST_PREDICTIONS]:
         change = float(shift["next_logprob_change"][at])
         rows.append(html.Tr([
             html.Td(str(at), className="num"), html.Td(token_label(result.tokens[at], at in result.special, 20), className="chip-token"),
             _prediction(report, shift["reference_top"][at], shift["reference_prob"][at]), _prediction(report, shift["top"][at], shift["prob"][at]),
-            html.Td(f"{float(shift['kl'][at]):.3g}", className="num"), html.Td(f"{change:+.3f}" if np.isfinite(change) else "–", className="num"),
-        ]))  # fmt: skip
+            html.Td(f"{float(shift['kl'][at]):.2g}", className="num"), html.Td(f"{change:+.3f}" if np.isfinite(change) else "–", className="num"),
+        ], className="chosen" if changed[at] else ""))  # fmt: skip
     return html.Table([html.Thead(html.Tr(head)), html.Tbody(rows)], className="ls-table compact")
 
 

@@ -22,7 +22,7 @@ from components.figures.theme import escape, number
 from components.graph import graph, graph_tools
 from components.jobs_tray import job_or_none, job_panel
 from components.quantization_form import job_params, kept_report, quantization_form, references_for, report_of
-from components.quantization_tables import changed_table, summary_facts, tensor_table
+from components.quantization_tables import prediction_table, summary_facts, tensor_table
 from components.services import services
 from components.states import empty, error
 from components.token_label import token_label, token_labels
@@ -62,7 +62,8 @@ def layout(model: str | None = None, reference: str | None = None, prompt: str |
               "site": site or "resid_post", "at": as_int(at, 0, 0, 255)}  # fmt: skip
     stores = [dcc.Store(id="quant-job"), dcc.Store(id="quant-key", data=kept_report(model, reference, prompt)), dcc.Store(id="quant-chosen", data=chosen)]
     title = html.Div([html.H1("Quantization"), html.Span("What it did to weights, activations and predictions.", className="page-subtitle")], className="page-title")
-    run = card("Compare with a reference", form, "Both models run over the same tokens, one after the other. The reference is the same model unquantized.", className="wide")
+    body = html.Div([form, html.Div(id="quant-progress", className="home-progress")])
+    run = card("Compare with a reference", body, "Both models run over the same tokens, one after the other. The reference is the same model unquantized.", className="wide")
     return html.Div([title, cards(run), html.Div(id="quant-body", className="card-stack"), *stores], className="page")
 
 
@@ -126,10 +127,12 @@ def _cards(report: QuantizationReport, chosen: dict[str, Any]) -> list[Any]:
     pick_prompt = html.Div(dcc.Dropdown(prompts, at, id="quant-at", clearable=False, className="picker-prompt"), hidden=len(prompts) == 1)
     n_components = len({row["component"] for row in report.weights if row["layer"] is not None})
     n_sites = len(report.sites)
+    # Where the slots have names each needs room; narrower cards scroll sideways.
+    wide = {"minWidth": 1000 if report.n_layers <= 6 else 700}
     tall = 110 + 19 * max(n_components, n_sites, 8)
     return [
-        html.Div([html.P(report.sentence(), id="quant-sentence", className="quant-sentence"), summary_facts(report)], className="ls-card"),
-        card("From weights to predictions", html.Div(graph("quant-path", height=520), className="table-scroll"),
+        html.Div([html.P(report.sentence(), id="quant-sentence", className="quant-sentence"), html.Div(summary_facts(report), className="two-columns")], className="ls-card"),
+        card("From weights to predictions", html.Div(html.Div(graph("quant-path", height=530), style=wide), className="table-scroll"),
              "One column a layer. Above: the error of each matrix. Below, in the same slot: the error of what it computes. Right: the predictions. "
              "Click a point to see its site token by token.",
              graph_tools("quant-path", "quantization"), list(ABOUT_PATH)),
@@ -142,7 +145,8 @@ def _cards(report: QuantizationReport, chosen: dict[str, Any]) -> list[Any]:
                  [pick_site, pick_prompt, *graph_tools("quant-positions")], list(ABOUT_ACTIVATIONS), className="wide"),
             card("KL of each prediction", graph("quant-kl", height=320, className="fill"), html.Span("", id="quant-kl-subtitle"), graph_tools("quant-kl"),
                  list(ABOUT_PREDICTIONS), className="fill"),
-            card("Predictions that changed", html.Div(id="quant-changed", className="table-scroll table-tall"), "The most probable next token is another one. Worst first."),
+            card("What the two predict", html.Div(id="quant-changed", className="table-scroll table-tall"),
+                 "The most probable next token and its probability. Marked and first: where it changed. Last column: the log-probability of the real next token, in nats."),
             card("Every tensor", html.Div(id="quant-tensors", className="table-scroll table-tall"), "Worst first, by the metric chosen above.", about=list(ABOUT_WEIGHTS),
                  className="wide"),
         ),
@@ -164,8 +168,7 @@ def _report(key: str | None) -> QuantizationReport:
 @callback(Output("quant-path", "figure"), Input("theme", "data"), State("quant-key", "data"))
 def show_path(theme: str, key: str | None):
     report = _report(key)
-    shift = [prompt.shift for prompt in report.prompts]
-    predictions = {"kl": np.concatenate([s["kl"] for s in shift]), "changed": np.concatenate([np.asarray(s["top"]) != np.asarray(s["reference_top"]) for s in shift])}
+    predictions = {"kl": np.concatenate([prompt.shift["kl"] for prompt in report.prompts]), "changed": np.concatenate([prompt.changed for prompt in report.prompts])}
     tokens = [label for prompt in report.prompts for label in token_labels(prompt.tokens, set(prompt.special), 16)]
     agreement = percent(report.predictions["top1_agreement"])
     return error_path(report.weights, report.places, report.relative_l2, report.n_layers, predictions, tokens, theme, agreement)
@@ -215,13 +218,12 @@ def show_predictions(at: int, theme: str, key: str | None):
     report = _report(key)
     prompt = report.prompts[at]
     shift, labels = prompt.shift, token_labels(prompt.tokens, set(prompt.special), 12)
-    changed = np.asarray(shift["top"]) != np.asarray(shift["reference_top"])
     hovers = []
     for i, label in enumerate(labels):
         best = [_best(report, shift[name][i], shift[p][i]) for name, p in (("reference_top", "reference_prob"), ("top", "prob"))]
         hovers.append(f"after {escape(label)} (position {i})<br>KL {number(float(shift['kl'][i]))} nats<br>reference {best[0]}<br>quantized {best[1]}")
-    said = f"{int(changed.sum())} of {len(changed)} best tokens changed; mean KL {number(float(np.mean(shift['kl'])))} nats. At each token: the prediction of the next."
-    return kl_bars(shift["kl"], changed, labels, hovers, theme), said, changed_table(report, at)
+    said = f"{int(prompt.changed.sum())} of {len(labels)} best tokens changed; mean KL {number(float(np.mean(shift['kl'])))} nats. At each token: the prediction of the next."
+    return kl_bars(shift["kl"], prompt.changed, labels, hovers, theme), said, prediction_table(report, at)
 
 
 def _best(report: QuantizationReport, token: Any, probability: Any) -> str:
@@ -230,12 +232,14 @@ def _best(report: QuantizationReport, token: Any, probability: Any) -> str:
 
 @callback(Output("quant-site", "value"), Input("quant-activations", "clickData"), Input("quant-path", "clickData"), State("quant-key", "data"), prevent_initial_call=True)
 def open_clicked(cell: dict[str, Any] | None, point: dict[str, Any] | None, key: str | None):
-    """The site whose cell or point was clicked."""
-    clicked = dash.ctx.triggered[0]["value"] if dash.ctx.triggered else None
-    if not clicked:
-        return no_update
-    words = str(clicked["points"][0].get("customdata", "")).split("<br>")[0].split(" ")[0]
-    return words if words in _report(key).sites else no_update
+    """The site whose cell or point was clicked: a map says its row, a point of the path begins its hover with the name."""
+    sites, on_map = _report(key).sites, dash.ctx.triggered_id == "quant-activations"
+    clicked = (cell if on_map else point) or {"points": [{}]}
+    first = clicked["points"][0]
+    if on_map:
+        return sites[int(first["y"])] if "y" in first else no_update
+    name = str(first.get("customdata", "")).split("<br>")[0].split(" ")[0]
+    return name if name in sites else no_update
 
 
 keep_url({"model": ("quant-model", "value"), "reference": ("quant-reference", "value"), "prompt": ("quant-prompt", "value")})

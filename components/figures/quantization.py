@@ -31,6 +31,7 @@ ACTIVATION_METRICS: Mapping[str, tuple[str, str]] = {
     "cka": ("1 − linear CKA", ""),
 }
 _MOST_POINTS = 2000  # predictions drawn as points
+_WRITTEN_COLUMNS = 14  # layers up to which a map's cells show their number
 _NAMED_SLOTS = 90  # slots in all beyond which only layers are named
 
 
@@ -88,13 +89,14 @@ def error_path(weights: Sequence[Mapping[str, Any]], places: Sequence[tuple[str,
     """
     slots = _slots_of(weights, places)
     column = _Columns([slot.label for slot in slots], n_layers, _ends(weights, places))
-    found = make_subplots(rows=2, cols=2, column_widths=[0.84, 0.16], row_heights=[0.42, 0.58], shared_xaxes="columns", horizontal_spacing=0.06, vertical_spacing=0.05,
+    found = make_subplots(rows=2, cols=2, column_widths=[0.83, 0.17], row_heights=[0.42, 0.58], shared_xaxes="columns", horizontal_spacing=0.06, vertical_spacing=0.05,
                           specs=[[{}, {"rowspan": 2}], [{}, None]])  # fmt: skip
     for trace in _weight_bars(weights, slots, column, theme):
         found.add_trace(trace, row=1, col=1)
     for trace in _divergence_lines(places, divergence, slots, column, theme):
         found.add_trace(trace, row=2, col=1)
-    found.add_trace(_kl_points(predictions, tokens, theme), row=1, col=2)
+    for points in _kl_points(predictions, tokens, theme):
+        found.add_trace(points, row=1, col=2)
     _lay_out_path(found, column, predictions, theme, agreement)
     return found
 
@@ -176,18 +178,20 @@ def _divergence_lines(places: Sequence[tuple[str, int | None]], divergence: NDAr
     return lines
 
 
-def _kl_points(predictions: Mapping[str, NDArray[Any]], tokens: Sequence[str], theme: str) -> go.Scatter:
-    """A point a position, the largest KL always among them, spread sideways so that they do not hide each other."""
+def _kl_points(predictions: Mapping[str, NDArray[Any]], tokens: Sequence[str], theme: str) -> list[go.Scatter]:
+    """A point a position, the largest KL always among them, spread sideways so that they do not hide each other; a trace for the changed ones."""
     kl, changed = np.asarray(predictions["kl"], np.float64), np.asarray(predictions["changed"], bool)
     order = np.argsort(-kl, kind="stable")
     kept = np.sort(order[:: max(1, -(-len(order) // _MOST_POINTS))])
     spread = (np.arange(len(kl)) * 0.618034) % 1.0  # the golden ratio: even and the same at every drawing
-    said = [f"after {escape(tokens[i])} (position {i})<br>KL {number(float(kl[i]))} nats<br>best token {'changed' if changed[i] else 'the same'}" for i in kept]
-    colour = colours(theme)
-    return go.Scatter(
-        x=compact(spread[kept]), y=compact(np.maximum(kl[kept], kl_floor(kl))), mode="markers", customdata=said, hovertemplate="%{customdata}<extra></extra>", showlegend=False,
-        marker={"size": 7, "opacity": 0.75, "color": [colour["pos"] if changed[i] else colour["accent"] for i in kept], "line": {"width": 0}}, name="KL, nats",
-    )  # fmt: skip
+    colour, traces = colours(theme), []
+    for which, name in ((False, "same best token"), (True, "best token changed")):
+        rows = kept[changed[kept] == which]
+        said = [f"after {escape(tokens[i])} (position {i})<br>KL {number(float(kl[i]))} nats<br>{name}" for i in rows]
+        mark = {"size": 7, "opacity": 0.75, "color": colour["pos"] if which else colour["accent"], "line": {"width": 0}}
+        traces.append(go.Scatter(x=compact(spread[rows]), y=compact(np.maximum(kl[rows], kl_floor(kl))), mode="markers", customdata=said, marker=mark, showlegend=which,
+                                 hovertemplate="%{customdata}<extra></extra>", name=name))  # fmt: skip
+    return traces
 
 
 def kl_floor(kl: NDArray[np.floating]) -> float:
@@ -198,11 +202,11 @@ def kl_floor(kl: NDArray[np.floating]) -> float:
 
 def _lay_out_path(found: go.Figure, column: _Columns, predictions: Mapping[str, NDArray[Any]], theme: str, agreement: str) -> None:
     colour, kl = colours(theme), np.asarray(predictions["kl"], np.float64)
-    found.update_layout(template=template(theme), margin={"l": 8, "r": 8, "t": 30, "b": 8}, bargap=0, barmode="overlay", hovermode="closest",
+    found.update_layout(template=template(theme), margin={"l": 8, "r": 8, "t": 40, "b": 8}, bargap=0, barmode="overlay", hovermode="closest",
                         legend={"orientation": "h", "x": 0, "y": 0.545, "yanchor": "bottom", "font": {"size": 11}, "bgcolor": "rgba(0,0,0,0)"}, showlegend=True)  # fmt: skip
     at, names = column.ticks()
-    edge = [column.at(0, 0) - 1 if column.start else -0.8, column.last + 0.8]
-    found.update_xaxes(showgrid=False, zeroline=False, range=[-0.8, edge[1]], col=1, showticklabels=False)
+    found.update_xaxes(showgrid=False, zeroline=False, range=[-0.8, column.last + 0.8], col=1, showticklabels=False, showspikes=True, spikemode="across",
+                       spikethickness=1, spikedash="dot", spikecolor=colour["ink-3"])  # fmt: skip
     found.update_xaxes(tickmode="array", tickvals=at, ticktext=names, tickangle=-90, tickfont={"family": MONO, "size": 10}, showticklabels=True, row=2, col=1)
     for layer in range(column.n_layers):
         left = column.at(layer, 0) - 0.9
@@ -217,12 +221,13 @@ def _lay_out_path(found: go.Figure, column: _Columns, predictions: Mapping[str, 
     found.update_yaxes(title="weights off, %", rangemode="tozero", nticks=5, row=1, col=1)
     found.update_yaxes(title="activations off, %", rangemode="tozero", nticks=6, row=2, col=1)
     found.update_xaxes(visible=False, range=[-0.25, 1.25], row=1, col=2)
-    found.update_yaxes(type="log", title="KL of the prediction, nats", dtick=1, exponentformat="power", row=1, col=2)
+    found.update_yaxes(type="log", dtick=1, exponentformat="e", row=1, col=2)
     mean = float(kl.mean()) if len(kl) else 0.0
     if mean > 0:
         found.add_hline(y=mean, line={"color": colour["ink-2"], "width": 1.5, "dash": "dot"}, row=1, col=2)
-    words = f"mean {number(mean)} nats{f', {agreement} agree' if agreement else ''}"
-    found.add_annotation(text=words, xref="x2 domain", yref="paper", x=0.5, y=1, yanchor="bottom", yshift=6, showarrow=False, font={"size": 11, "color": colour["ink-2"]})
+    words = f"KL of each prediction, nats<br>mean {mean:.3g}{f', {agreement} agree' if agreement else ''}"
+    found.add_annotation(text=words, xref="paper", yref="paper", x=1, y=1, xanchor="right", yanchor="bottom", yshift=4, showarrow=False, align="right",
+                         font={"size": 11, "color": colour["ink-2"]})  # fmt: skip
 
 
 def _note(found: go.Figure, x: float, text: str, theme: str, anchor: str = "center") -> None:
@@ -253,6 +258,8 @@ def depth_map(values: NDArray[np.floating], rows: Sequence[str], columns: Sequen
     low, high = (float(finite.min()) if metric == "sqnr_db" else 0.0, float(finite.max())) if len(finite) else (0.0, 1.0)
     cells = go.Heatmap(z=compact(np.where(np.isfinite(shown), shown, np.nan)), customdata=hovers, hovertemplate="%{customdata}<extra></extra>", hoverongaps=False,
                        zmin=low, zmax=high if high > low else low + 1, colorscale=scale, colorbar=scale_bar(nticks=4), xgap=1, ygap=1)  # fmt: skip
+    if shown.shape[1] <= _WRITTEN_COLUMNS:
+        cells.update(text=[[f"{v:.3g}" if np.isfinite(v) else "" for v in row] for row in shown], texttemplate="%{text}", textfont={"size": 10})
     found = figure(theme, cells, plot_bgcolor=colours(theme)["surface-2"])
     step = max(1, len(columns) // 24)
     found.update_xaxes(side="top", showgrid=False, zeroline=False, tickmode="array", tickvals=list(range(0, len(columns), step)), ticktext=[escape(c) for c in columns[::step]])
@@ -287,5 +294,5 @@ def kl_bars(kl: NDArray[np.floating], changed: NDArray[np.bool_], labels: Sequen
                   customdata=list(hovers), hovertemplate="%{customdata}<extra></extra>", name="KL, nats")  # fmt: skip
     found = figure(theme, bars, bargap=0.15)
     found.update_xaxes(tickangle=-45, showgrid=False, zeroline=False, **token_ticks(labels, most=64))
-    found.update_yaxes(title="KL, nats", rangemode="tozero", nticks=5)
+    found.update_yaxes(title="KL, nats", rangemode="tozero", nticks=5, exponentformat="e")
     return found
