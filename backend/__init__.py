@@ -11,7 +11,8 @@ It works without the server, the queue and Dash. Nothing heavy is imported befor
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,10 +23,11 @@ if TYPE_CHECKING:
     from backend.library import Library
     from backend.model_graph import ModelGraph
     from backend.model_info import ModelInfo
+    from backend.quantization_report import QuantizationReport
     from backend.trace import Trace
     from backend.weights import Weights
 
-__all__ = ["Intervention", "Library", "Model", "Sampling", "open_model", "open_trace", "open_weights"]
+__all__ = ["Intervention", "Library", "Model", "Sampling", "compare_quantization", "open_model", "open_trace", "open_weights", "quantize"]
 
 
 class Model:
@@ -142,6 +144,49 @@ def open_weights(source: str | Path) -> Weights:
     from backend.weights import open_weights as open_files
 
     return open_files(_shelf(_settings()).path_for(str(source)))
+
+
+def compare_quantization(model: str | Path, reference: str | Path, prompts: str | Sequence[str], *, sites: Sequence[str] | None = None,
+                         device: str = "auto", progress: Any = None) -> QuantizationReport:  # fmt: skip
+    """What quantization did to a model: its weights, its activations layer by layer, its predictions, against an unquantized reference.
+
+    model, reference: as for open_model; one is closed before the other is opened. sites None: all that both have. Raises
+    LayerscopeError if the two are not the same model.
+    """
+    from backend.experiments import no_progress
+    from backend.experiments.quantization import ENGINE_OPTIONS, Side, compare
+    from backend.model_files import describe
+
+    settings = _settings()
+    shelf = _shelf(settings)
+
+    def side(source: str | Path) -> Side:
+        entry = shelf.resolve(str(source), confined=False)
+        path = shelf.ready(entry)
+
+        @contextmanager
+        def opened() -> Iterator[Engine]:
+            with open_model(source, device=device, **ENGINE_OPTIONS) as found:
+                yield found.engine
+
+        return Side(dataclasses.replace(describe(path), name=entry.name), path, opened)
+
+    asked = [prompts] if isinstance(prompts, str) else list(prompts)
+    return compare(side(model), side(reference), asked, settings.traces_dir, sites=sites, progress=progress or no_progress)
+
+
+def quantize(source: str | Path, type: str, out: str | Path | None = None, imatrix: str | Path | None = None) -> Path:
+    """Make a quantized GGUF variant of an unquantized model with llama.cpp's own quantizer; returns its path.
+
+    type: llama.cpp's name, such as "Q4_K_M". out None: beside the source. Raises LayerscopeError, also when `out` exists.
+    """
+    from backend.quantizer import default_output
+    from backend.quantizer import quantize as run
+
+    path = _shelf(_settings()).path_for(str(source))
+    target = Path(out) if out is not None else default_output(path, type)
+    run(path, target, type, Path(imatrix) if imatrix is not None else None)
+    return target
 
 
 def _settings() -> Any:

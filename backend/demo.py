@@ -8,7 +8,6 @@ Beside each file lies `<file>.key`, a digest of what it was made from: a changed
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -63,7 +62,9 @@ def _ensure(name: str, models_dir: Path, cache_dir: Path) -> Path:
 
             write_gguf(models_dir / variant.folder, part, ftype="f16")
         else:
-            _quantize(_ensure(f"{variant.folder}-f16", models_dir, cache_dir), part, variant.ftype)
+            from backend.quantizer import run_quantizer
+
+            run_quantizer(_ensure(f"{variant.folder}-f16", models_dir, cache_dir), part, variant.ftype)
         os.replace(part, path)
         # The key goes last: a crash between the two leaves the old key, and the file is made again.
         part.write_text(key)
@@ -82,14 +83,3 @@ def source_key(folder: Path) -> str:
             raise LayerscopeError(f"The demo model {folder.name!r} is incomplete: {path} is missing.")
         digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def _quantize(source: Path, out: Path, ftype: int) -> None:
-    import llama_cpp
-
-    logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)  # its callback prints a line per tensor otherwise
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = ftype
-    status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(out), params)
-    if status != 0:
-        raise LayerscopeError(f"llama.cpp could not quantize {source.name} to type {ftype} (status {status}).")

@@ -155,7 +155,7 @@ def _files(path: Path) -> tuple[Path, ...]:
 
 def identity(path: Path) -> str:
     """A name for the bytes at `path` as far as size and time tell them apart: what was computed from a model is kept under it."""
-    return hashlib.sha256(repr((os.path.realpath(path), *fingerprint(path)[1:])).encode("utf-8", "surrogateescape")).hexdigest()
+    return hashlib.sha256(repr((os.path.realpath(path), *fingerprint(path))).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 class Shelf:

@@ -65,8 +65,26 @@ def test_models_lists_what_lies_in_the_folders(run, tiny_llama):
     assert tiny_llama.hf.name in run("models")[1]
 
 
+def test_quantize_and_quant_make_a_variant_and_show_what_it_cost(run, tiny_llama, tmp_path):
+    made, written, prompts = tmp_path / "tiny-q4_0.gguf", tmp_path / "report.json", tmp_path / "prompts.txt"
+    code, out, _ = run("quantize", "--model", str(tiny_llama.gguf), "--type", "Q4_0", "--output", str(made))
+    assert code == 0 and out.startswith(str(made)) and made.is_file()
+    prompts.write_text("Mary gave the book\n\nHello\n")
+    words = ("quant", "--model", str(made), "--reference", str(tiny_llama.gguf), "--prompt", "The capital", "--prompts-file", str(prompts), "--output", str(written))
+    code, out, err = run(*words, "--json")
+    data = json.loads(out)
+    assert code == 0 and data == json.loads(written.read_text()) and "running the reference" in err
+    assert {"sentence", "model", "reference", "weights", "activations", "predictions", "prompts"} == set(data)
+    assert [prompt["prompt"] for prompt in data["prompts"]] == ["The capital", "Mary gave the book", "Hello"]
+    assert data["predictions"]["kl_mean"] > 0 and data["weights"]["total"]["relative_rmse"] > 0.01
+    code, out, _ = run(*words, "--sites", "resid_post,z")
+    assert code == 0 and out.splitlines()[0].startswith("Q4_0 against F32: weights ") and "resid_post, layer 2" in out
+    assert {row["site"] for row in json.loads(written.read_text())["activations"]} == {"resid_post", "z"}
+
+
 def test_every_command_explains_itself(run):
     assert "trace" in run("--help")[1] and "models" in run("--help")[1]
+    assert all("Example" in run(command, "--help")[1] for command in ("quant", "quantize"))
     assert "Example" in run("trace", "--help")[1]
 
 
@@ -84,6 +102,14 @@ def test_every_command_explains_itself(run):
         (("trace", "-m", "PICKLED", "-p", "x"), "pickle"),
         (("trace", "-m", "EMPTY", "-p", "x"), "config.json"),
         (("show", "0123456789abcdef"), "There is no trace"),
+        (("quant", "-m", "GGUF", "-r", "MODEL"), "There is no prompt"),
+        (("quant", "-m", "GGUF", "-r", "nope", "-p", "x"), "There is no model 'nope'"),
+        (("quant", "-m", "GGUF", "-r", "demo-dense", "-p", "x"), "n_layers 3 and demo-dense has 4"),
+        (("quant", "-m", "GGUF", "-r", "MODEL", "--prompts-file", "/nowhere/x.txt"), "cannot be read"),
+        (("quant", "-m", "GGUF", "-r", "MODEL", "-p", "x", "--output", "/nowhere/x.json"), "There is no folder /nowhere"),
+        (("quantize", "-m", "MODEL", "--type", "Q4_X"), "There is no quantization 'Q4_X'"),
+        (("quantize", "-m", "MODEL", "--type", "IQ1_S"), "needs an importance matrix"),
+        (("quantize", "-m", "MODEL", "--type", "Q4_0", "--output", "BROKEN"), "exists already"),
     ],
 )
 def test_a_mistake_is_one_sentence_on_stderr_and_exit_code_2(run, tiny_llama, tmp_path, words, message):
@@ -92,7 +118,7 @@ def test_a_mistake_is_one_sentence_on_stderr_and_exit_code_2(run, tiny_llama, tm
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled" / "config.json").write_bytes((tiny_llama.hf / "config.json").read_bytes())
     (tmp_path / "pickled" / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    paths = {"MODEL": tiny_llama.hf, "BROKEN": tmp_path / "broken.gguf", "PICKLED": tmp_path / "pickled", "EMPTY": tmp_path / "empty"}
+    paths = {"MODEL": tiny_llama.hf, "GGUF": tiny_llama.gguf, "BROKEN": tmp_path / "broken.gguf", "PICKLED": tmp_path / "pickled", "EMPTY": tmp_path / "empty"}
     code, out, err = run(*(str(paths.get(word, word)) for word in words))
     lines = [line for line in err.replace("\r", "\n").splitlines() if line.strip() and "%|" not in line]
     assert code == 2 and out == ""

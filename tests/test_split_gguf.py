@@ -298,3 +298,17 @@ def test_too_many_parts_are_refused_before_any_is_looked_for(tiny_llama: TinyMod
     path.write_bytes(part_file(tiny_llama.gguf, ["token_embd.weight"], 0, 60_000, 31))
     with pytest.raises(LayerscopeError, match=r"split.count = 60,000, and the limit is 1,000 parts"):
         describe(path)
+
+
+def test_what_is_computed_of_a_model_is_kept_under_a_name_that_changes_with_its_file(tmp_path: Path) -> None:
+    from backend.model_files import identity
+
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF" + bytes(60))
+    first = identity(file)
+    assert identity(file) == first
+    file.write_bytes(b"GGUF" + bytes(61))
+    assert identity(file) != first
+    other = tmp_path / "other.gguf"
+    other.write_bytes(file.read_bytes())
+    assert identity(other) != identity(file)
