@@ -137,9 +137,9 @@ def _cards(report: QuantizationReport, chosen: dict[str, Any]) -> list[Any]:
              "Click a point to see its site token by token.",
              graph_tools("quant-path", "quantization"), list(ABOUT_PATH)),
         cards(
-            card("Weight error", graph("quant-weights", height=tall, className="fill"), "A row a component, a column a layer.", [pick_weight, *graph_tools("quant-weights")],
+            card("Weight error", graph("quant-weights", height=tall, className="fill"), "Component by layer.", [pick_weight, *graph_tools("quant-weights")],
                  list(ABOUT_WEIGHTS), className="fill"),
-            card("Activation divergence", graph("quant-activations", height=tall, className="fill"), "A row a site, a column a layer. Click one to see it token by token.",
+            card("Activation divergence", graph("quant-activations", height=tall, className="fill"), "Site by layer; click one.",
                  [pick_activation, *graph_tools("quant-activations")], list(ABOUT_ACTIVATIONS), className="fill"),
             card(html.Span("", id="quant-positions-title"), graph("quant-positions", height=130 + min(26 * max(report.n_layers, 4), 480)), "A row a layer, a column a token.",
                  [pick_site, pick_prompt, *graph_tools("quant-positions")], list(ABOUT_ACTIVATIONS), className="wide"),

@@ -120,6 +120,7 @@ def test_metric_and_site_are_in_the_address_and_a_reload_shows_the_same(compared
     compared.wait_for_function("() => new URL(location).searchParams.get('site') === 'z' && new URL(location).searchParams.get('wmetric') === 'sqnr_db'")
     compared.reload()
     compared.wait_for_function("() => document.querySelector('#quant-positions-title')?.textContent === 'Divergence of z, token by token'")
+    compared.wait_for_function("() => document.querySelector('#quant-positions .js-plotly-plot')?._fullData?.length > 0")
     np.testing.assert_allclose(drawn(compared, "quant-positions"), 100 * report.at_position(0, "relative_l2", "z"), rtol=1e-4)
     worst = min((row for row in report.weights), key=lambda row: row["sqnr_db"])
     compared.wait_for_function(f"() => document.querySelector('#quant-tensors tbody td')?.textContent === '{worst['name']}'")
@@ -127,7 +128,7 @@ def test_metric_and_site_are_in_the_address_and_a_reload_shows_the_same(compared
 
 
 def test_a_click_on_a_site_shows_it_token_by_token(compared, report: QuantizationReport) -> None:
-    compared.evaluate("() => document.querySelector('#quant-activations .js-plotly-plot').scrollIntoView({ block: 'center' })")
+    compared.evaluate("() => document.querySelector('#quant-activations .js-plotly-plot').scrollIntoView({ block: 'center', behavior: 'instant' })")
     box = compared.locator("#quant-activations .nsewdrag").bounding_box()
     row = report.sites.index("mlp_out")
     compared.mouse.click(box["x"] + box["width"] * 0.5, box["y"] + box["height"] * (row + 0.5) / len(report.sites))
@@ -135,7 +136,7 @@ def test_a_click_on_a_site_shows_it_token_by_token(compared, report: Quantizatio
     # The point under the output matrix of layer 0 in the picture that joins the three.
     at = compared.evaluate("""() => {
         const graph = document.querySelector('#quant-path .js-plotly-plot'), line = graph._fullData.find(t => t.name === 'attention' && t.type === 'scatter');
-        graph.scrollIntoView({ block: 'center' });
+        graph.scrollIntoView({ block: 'center', behavior: 'instant' });
         const i = line.customdata.findIndex(text => text.startsWith('attn_out at layer 0')), box = graph.getBoundingClientRect();
         const { xaxis3, yaxis3 } = graph._fullLayout;
         return [box.x + xaxis3._offset + xaxis3.d2p(line.x[i]), box.y + yaxis3._offset + yaxis3.d2p(line.y[i])];
