@@ -16,7 +16,22 @@ from backend.analysis import spectrum as spectrum_module
 from backend.analysis.activations import reduce_signed
 from backend.analysis.spectrum import Spectrum, randomized, spectrum
 from backend.analysis.weights import (
-    N_BINS, N_LARGEST, Counts, Moments, Norms, SignedMap, bin_edges, by_component, counts, histogram_exponent, joint, largest_floor, moments, place, rebinned, statistics,
+    N_BINS,
+    N_LARGEST,
+    Counts,
+    Moments,
+    Norms,
+    SignedMap,
+    bin_edges,
+    by_component,
+    counts,
+    histogram_exponent,
+    joint,
+    largest_floor,
+    moments,
+    place,
+    rebinned,
+    statistics,
     super_weight_candidates,
 )  # fmt: skip
 
