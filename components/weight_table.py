@@ -52,6 +52,7 @@ def tensor_grid(report: WeightReport, chosen: int) -> dag.AgGrid:
         "tooltipShowDelay": 400, "animateRows": False, "enableCellTextSelection": True, "cacheQuickFilter": True, "suppressColumnVirtualisation": False,
     }  # fmt: skip
     return dag.AgGrid(id="weights-grid", columnDefs=columns, rowData=_rows(report), getRowId="params.data.id", selectedRows={"ids": [str(chosen)]}, dashGridOptions=options,
+                      scrollTo={"rowId": str(chosen), "rowPosition": "middle"},
                       defaultColDef={"sortable": True, "resizable": True, "filter": False}, className="ls-grid", style={"height": 392, "width": "100%"})  # fmt: skip
 
 

@@ -5,6 +5,7 @@ Its callbacks need the page's stores: `weights-page` (the model), `weights-tenso
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -41,11 +42,19 @@ ABOUT_SPECTRUM = (
 )  # fmt: skip
 
 
-def tensor_cards(counts: str, index: int) -> list[Any]:
+def matrix_options(row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Options of the picker `weights-index`: the matrices of a stack; one where there is nothing to choose."""
+    n = max(math.prod(row["shape"][:-2]), 1) if len(row["shape"]) > 1 else 1
+    return [{"label": f"matrix {i} of {n}", "value": i} for i in range(n)]
+
+
+def tensor_cards(row: dict[str, Any], counts: str, index: int) -> list[Any]:
     """The cards of the chosen tensor for the page's grid; norms and singular values come under `weights-detail`."""
+    matrices: Any = matrix_options(row)
     linear: Any = [{"label": "Linear", "value": "linear"}, {"label": "Log", "value": "log"}]
     choose_counts = dcc.Dropdown(linear, counts, id="weights-counts", clearable=False, searchable=False, className="picker-narrow")
-    choose_matrix = html.Span(dcc.Dropdown([], index, id="weights-index", clearable=False, className="picker-metric"), id="weights-index-field")
+    picker = dcc.Dropdown(matrices, min(index, len(matrices) - 1), id="weights-index", clearable=False, className="picker-metric")
+    choose_matrix = html.Span(picker, id="weights-index-field", hidden=len(matrices) < 2)
     whole = html.Button("Whole matrix", id="weights-whole", className="tool")
     return [
         card(html.Span("", id="weights-hist-title", className="mono"), graph("weights-hist", height=310, className="fill"), html.Span("", id="weights-hist-facts"),
@@ -92,13 +101,6 @@ def _beside(report: WeightReport, row: dict[str, Any], log: bool, theme: str) ->
         for one in rows:
             bins[i] += rebinned(report.bins[numbers[one["name"]]].astype(np.int64), one["exponent"], wide)
     return component_histograms(bins, bin_edges(wide), list(groups), log, list(groups).index(chosen), theme)
-
-
-@callback(Output("weights-index", "options"), Output("weights-index-field", "hidden"), Input("weights-tensor", "data"), State("weights-page", "data"))
-def offer_matrices(chosen: int, page: dict[str, Any]):
-    found, report = reported(page["model"])
-    n = n_matrices(stored_tensor(found, report.rows[chosen]))
-    return [{"label": f"matrix {i} of {n}", "value": i} for i in range(max(n, 1))], n < 2
 
 
 @callback(

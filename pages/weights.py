@@ -28,7 +28,7 @@ from components.services import services
 from components.url_state import as_choice, as_int, keep_url
 from components.weight_source import Source, follow, report_missing, reported, source
 from components.weight_table import candidate_list, statistics_csv, tensor_grid
-from components.weight_tensor import tensor_cards
+from components.weight_tensor import matrix_options, tensor_cards
 
 dash.register_page(__name__, path="/weights", name="Weights", order=10, group="This model", icon="weight", description="Every tensor, and what its numbers look like")
 
@@ -97,7 +97,7 @@ def _cards(found: Source, report: WeightReport, asked: dict[str, Any]) -> Any:
             card("Layers and components", [_statistic_pickers(asked), heatmap], "Layers down, components across. Click a cell to look into its tensor.",
                  graph_tools("weights-stat", "weight-statistics"), list(ABOUT_STATISTIC), className="fill"),
             card("Super-weight candidates", candidate_list(report), "The largest weights of every layer's W_out. Click a place to see it.", [], list(ABOUT_CANDIDATES)),
-            *tensor_cards(asked["counts"], asked["index"]),
+            *tensor_cards(report.rows[chosen], asked["counts"], asked["index"]),
         ),
         html.Div(id="weights-detail"),
     ]  # fmt: skip
@@ -172,7 +172,8 @@ def save(clicks: int | None, page: dict[str, Any]):
 
 
 @callback(
-    Output("weights-tensor", "data"), Output("weights-grid", "selectedRows"), Output("weights-mark", "data"), Output("weights-region", "data"), Output("weights-index", "value"),
+    Output("weights-tensor", "data"), Output("weights-grid", "selectedRows"), Output("weights-mark", "data"), Output("weights-region", "data"), Output("weights-index", "options"),
+    Output("weights-index", "value"), Output("weights-index-field", "hidden"),
     Input("weights-grid", "selectedRows"), Input("weights-stat", "clickData"), Input("weights-jump", "data"), State("weights-tensor", "data"), State("weights-page", "data"),
     prevent_initial_call=True,
 )  # fmt: skip
@@ -180,7 +181,7 @@ def choose(selected: Any, click: dict[str, Any] | None, jump: dict[str, str] | N
     """A row of the table, a cell of the heatmap or a candidate chooses the tensor; a candidate also its place."""
     report = reported(page["model"])[1]
     if ctx.triggered_id == "weights-jump" and jump:
-        return _jump(report, str(jump["value"]))
+        return _opened(report, *_place_of(report, str(jump["value"])))
     chosen = now
     if ctx.triggered_id == "weights-stat" and click:
         chosen = _clicked(report, click["points"][0])
@@ -189,7 +190,13 @@ def choose(selected: Any, click: dict[str, Any] | None, jump: dict[str, str] | N
         chosen = min(max(int(row), 0), len(report.rows) - 1)
     if chosen == now:
         raise PreventUpdate
-    return chosen, {"ids": [str(chosen)]}, None, "", 0
+    return _opened(report, chosen)
+
+
+def _opened(report: WeightReport, number: int, mark: dict[str, int] | None = None, region: str = "", matrix: int = 0) -> tuple[Any, ...]:
+    """What `choose` writes. The picker gets its options and its value at once: a value that is not among its options would be dropped."""
+    matrices = matrix_options(report.rows[number])
+    return number, {"ids": [str(number)]}, mark, region, matrices, matrix, len(matrices) < 2
 
 
 def _clicked(report: WeightReport, point: dict[str, Any]) -> int:
@@ -198,14 +205,14 @@ def _clicked(report: WeightReport, point: dict[str, Any]) -> int:
     return report.row(rows[0]["name"])[0] if rows else 0
 
 
-def _jump(report: WeightReport, text: str) -> tuple[int, dict[str, list[str]], dict[str, int], str, int]:
+def _place_of(report: WeightReport, text: str) -> tuple[int, dict[str, int], str, int]:
     """ "3, 788, 2427|blk.1.ffn_down_exps.weight": the tensor, the place to mark, a part of the matrix around it, the number of the matrix."""
     place, _, name = text.partition("|")
     number, row = report.row(name)
     at = [int(i) for i in place.split(",")]
     matrix = int(np.ravel_multi_index(at[:-2], row["shape"][:-2])) if len(at) > 2 else 0
     around = ",".join(f"{max(i - 24, 0)}-{i + 25}" for i in at[-2:])
-    return number, {"ids": [str(number)]}, {"row": at[-2], "column": at[-1]}, around, matrix
+    return number, {"row": at[-2], "column": at[-1]}, around, matrix
 
 
 def _grid_of(report: WeightReport) -> tuple[list[int], list[str], dict[str, dict[int, list[dict[str, Any]]]]]:
