@@ -19,10 +19,10 @@ import waitress
 
 from backend.derived import Derived
 from backend.errors import LayerscopeError
-from backend.jobs import Jobs
+from backend.jobs.records import Jobs
+from backend.jobs.worker_process import WorkerKeeper
 from backend.library import Library
 from backend.web_guard import guard
-from backend.worker_process import WorkerKeeper
 from components.routes import add_routes
 from components.services import SERVER_KEY, Services
 from components.shell import INDEX, shell, show_problem

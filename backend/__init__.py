@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from backend.engines.native import NativeTensor
     from backend.intervention import Intervention
     from backend.library import Library
-    from backend.model_graph import ModelGraph
     from backend.model_info import ModelInfo
-    from backend.quantization_report import QuantizationReport
+    from backend.reports.model_graph import ModelGraph
+    from backend.reports.quantization_report import QuantizationReport
     from backend.trace import Trace
     from backend.weights import Weights
 
@@ -88,7 +88,7 @@ class Model:
         return Trace(capture(self.engine, spec, Path(out) if out else self._traces_dir, progress=progress or no_progress))
 
     def graph(self, n_tokens: int = 8) -> ModelGraph:
-        """Every node of one forward pass as it is really executed, with its sources; see backend.model_graph."""
+        """Every node of one forward pass as it is really executed, with its sources; see backend.reports.model_graph."""
         return self.engine.graph(n_tokens)
 
     def close(self) -> None:
@@ -131,7 +131,7 @@ def open_model(source: str | Path, engine: str | None = None, device: str = "aut
 def open_trace(path_or_id: str | Path) -> Trace:
     """Open a trace by its file, or by its id in the traces folder. Raises LayerscopeError if there is none."""
     from backend.trace import Trace
-    from backend.trace_layout import ID_PATTERN, SUFFIX
+    from backend.tracefile.trace_layout import ID_PATTERN, SUFFIX
 
     path = Path(path_or_id)
     if not path.exists() and ID_PATTERN.fullmatch(str(path_or_id)):
@@ -180,8 +180,8 @@ def quantize(source: str | Path, type: str, out: str | Path | None = None, imatr
 
     type: llama.cpp's name, such as "Q4_K_M". out None: beside the source. Raises LayerscopeError, also when `out` exists.
     """
-    from backend.quantizer import default_output
-    from backend.quantizer import quantize as run
+    from backend.files.quantizer import default_output
+    from backend.files.quantizer import quantize as run
 
     path = _shelf(_settings()).path_for(str(source))
     target = Path(out) if out is not None else default_output(path, type)

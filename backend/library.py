@@ -25,7 +25,7 @@ from backend.errors import LayerscopeError
 from backend.model_files import ModelEntry, Shelf
 from backend.settings import Settings
 from backend.trace import Trace, open_trace
-from backend.trace_layout import ID_PATTERN, SUFFIX, check_id
+from backend.tracefile.trace_layout import ID_PATTERN, SUFFIX, check_id
 
 log = logging.getLogger(__name__)
 

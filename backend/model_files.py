@@ -20,8 +20,8 @@ from typing import Any
 
 from backend.engines import engine_for
 from backend.errors import LayerscopeError
-from backend.file_stamps import Stamp, stamps
-from backend.gguf_split import one_a_model, parts_of, whole_name
+from backend.files.file_stamps import Stamp, stamps
+from backend.files.gguf_split import one_a_model, parts_of, whole_name
 from backend.model_info import ModelInfo
 from backend.settings import Settings
 
@@ -120,7 +120,7 @@ def describe(path: Path) -> ModelInfo:
         raise LayerscopeError("A model's path cannot hold a NUL character.")
     try:
         if path.is_dir():
-            from backend import hf_config
+            from backend.files import hf_config
 
             return hf_config.model_info(path)
         if not path.exists() and path.is_symlink():
@@ -133,7 +133,7 @@ def describe(path: Path) -> ModelInfo:
             raise LayerscopeError(f"{path.name} is a single weights file; name the folder that holds it and its config.json.")
         if path.suffix.lower() != ".gguf" or not path.is_file():
             raise LayerscopeError(f"{path.name} is no model: Layerscope opens .gguf files and folders with config.json and safetensors.")
-        from backend import gguf_header
+        from backend.files import gguf_header
 
         return gguf_header.model_info(path, gguf_header.read_header(path))
     except OSError as error:
@@ -276,7 +276,7 @@ class Shelf:
         preset = next((each for each in self.presets if each.name == entry.name and each.variant_of), None)
         if preset is None:
             return entry.path
-        from backend.demo import ensure_demo_variants
+        from backend.files.demo import ensure_demo_variants
 
         base = next(each for each in self.presets if each.name == preset.variant_of)
         assert base.path is not None, f"preset {base.name} has variants and therefore a path"

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from backend.errors import LayerscopeError, SiteNotCaptured
 from backend.model_info import ModelInfo
 from backend.sites import NATIVE, SITES, resolve_site
-from backend.trace_layout import FORMAT, NATIVE_GROUP, VERSION, read_json, site_path, stored_sites
+from backend.tracefile.trace_layout import FORMAT, NATIVE_GROUP, VERSION, read_json, site_path, stored_sites
 
 Array = NDArray[Any]
 

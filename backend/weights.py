@@ -32,8 +32,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backend.errors import LayerscopeError
-from backend.gguf_header import GgufHeader, TensorInfo, model_info, read_header
-from backend.hf_config import TensorEntry, check_folder
+from backend.files.gguf_header import GgufHeader, TensorInfo, model_info, read_header
+from backend.files.hf_config import TensorEntry, check_folder
 from backend.model_info import ModelInfo
 from backend.weight_names import EACH, GGUF_NAMES, HF_NAMES, ROTARY_INTERLEAVED, Names, Stored, section_rows
 
@@ -298,7 +298,7 @@ def _row_order(name: str, n_rows: int, info: ModelInfo) -> NDArray[np.int64] | N
 
 
 def _open_folder(path: Path) -> Weights:
-    from backend.hf_config import model_info as folder_info
+    from backend.files.hf_config import model_info as folder_info
 
     folder, info = check_folder(path), folder_info(path)
     native = {name: _safetensors_weight(shard, name, entry) for shard, tensors in folder.shards.items() for name, entry in tensors.items()}

@@ -17,13 +17,13 @@ from collections.abc import Mapping
 from backend.derived import Derived
 from backend.errors import Cancelled, LayerscopeError
 from backend.experiments import KINDS, Context, Experiment
-from backend.jobs import Job, Jobs
+from backend.jobs.processes import Owner, die_with_parent, no_core_dumps, prefer_as_oom_victim
+from backend.jobs.records import Job, Jobs
+from backend.jobs.supervisor import Supervisor
+from backend.jobs.warm_engine import WarmEngine
+from backend.jobs.worker_process import PARENT_VARIABLE
 from backend.library import Library
-from backend.processes import Owner, die_with_parent, no_core_dumps, prefer_as_oom_victim
 from backend.settings import Settings
-from backend.supervisor import Supervisor
-from backend.warm_engine import WarmEngine
-from backend.worker_process import PARENT_VARIABLE
 
 log = logging.getLogger(__name__)
 

@@ -78,8 +78,8 @@ def hf_folder(sizes: Sizes = BASE) -> Path:
 
 def gguf_file(sizes: Sizes = BASE) -> Path:
     """The same weights as a Q8_0 GGUF file, quantized by llama.cpp, made on first use."""
-    from backend.demo import VARIANTS, _quantize
-    from backend.gguf_writer import write_gguf
+    from backend.files.demo import VARIANTS, _quantize
+    from backend.files.gguf_writer import write_gguf
 
     out = FOLDER / f"{_name(sizes)}-q8_0.gguf"
     if out.is_file():

@@ -10,8 +10,8 @@ import dash
 from dash import dcc, html
 
 from backend.estimate import in_bytes
-from backend.graph_formats import plain
-from backend.model_parts import Anatomy, BlockGroup, Part, Stored, layer_ranges, type_layers
+from backend.reports.graph_formats import plain
+from backend.reports.model_parts import Anatomy, BlockGroup, Part, Stored, layer_ranges, type_layers
 from components.controls import set_button
 from components.model_facts import Facts
 

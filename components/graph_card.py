@@ -10,8 +10,8 @@ import dash_cytoscape as cyto
 from dash import Input, Output, State, callback, ctx, dcc, html, no_update
 
 from backend.analysis.graph import count_ops, find
-from backend.graph_formats import as_dot
-from backend.model_graph import ModelGraph
+from backend.reports.graph_formats import as_dot
+from backend.reports.model_graph import ModelGraph
 from components.card import card, full_screen_button
 from components.graph_values import opened_graph
 from components.graph_view import LAYOUT, legend

@@ -13,7 +13,7 @@ from dash.exceptions import PreventUpdate
 
 from backend.estimate import in_bytes
 from backend.model_files import ModelEntry, identity
-from backend.model_graph import ModelGraph, graph_key
+from backend.reports.model_graph import ModelGraph, graph_key
 from components.jobs_tray import job_or_none, job_panel
 from components.services import services
 from components.states import empty, error

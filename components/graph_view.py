@@ -12,8 +12,8 @@ import dash_cytoscape as cyto
 from dash import html
 
 from backend.analysis.graph import FoldedGraph
-from backend.graph_formats import operation, plain, shape_text
-from backend.model_graph import GraphNode, ModelGraph
+from backend.reports.graph_formats import operation, plain, shape_text
+from backend.reports.model_graph import GraphNode, ModelGraph
 from components.figures.theme import LINES, MONO, SANS, colours
 
 cyto.load_extra_layouts()  # dagre, from the package's own files

@@ -7,7 +7,7 @@ from typing import Any
 
 from dash import html
 
-from backend.model_metadata import MetadataRow
+from backend.reports.model_metadata import MetadataRow
 
 MOST_ROWS = 300
 _SHORT = 160  # characters of a text that stands in its cell without being unfolded

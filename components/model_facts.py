@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from backend.graph_formats import plain
 from backend.model_info import ModelInfo
-from backend.model_parts import Anatomy, BlockGroup, layer_ranges
+from backend.reports.graph_formats import plain
+from backend.reports.model_parts import Anatomy, BlockGroup, layer_ranges
 
 # Fact -> keys of GGUF metadata (the architecture's name left out) and of config.json; the first that is there counts.
 _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -28,7 +28,7 @@ _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 class Facts:
-    """`values`: metadata by key, as backend.model_metadata.read_metadata gives it; nothing in it is trusted to have a type."""
+    """`values`: metadata by key, as backend.reports.model_metadata.read_metadata gives it; nothing in it is trusted to have a type."""
 
     def __init__(self, info: ModelInfo, values: Mapping[str, Any], anatomy: Anatomy) -> None:
         self.info, self.values, self.anatomy = info, values, anatomy

@@ -11,8 +11,8 @@ import numpy as np
 from dash import dcc, html
 
 from backend.analysis.activations import l2_norms, site_statistics
-from backend.graph_formats import operation, plain, shape_text
-from backend.model_graph import GraphNode, ModelGraph
+from backend.reports.graph_formats import operation, plain, shape_text
+from backend.reports.model_graph import GraphNode, ModelGraph
 from backend.trace import Trace
 from components.controls import facts, set_button
 from components.states import empty

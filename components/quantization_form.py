@@ -12,7 +12,7 @@ from dash import dcc, html
 
 from backend.errors import LayerscopeError
 from backend.model_files import ModelEntry, fingerprint
-from backend.quantization_report import QuantizationReport, report_key
+from backend.reports.quantization_report import QuantizationReport, report_key
 from components.controls import field
 from components.icons import icon
 from components.services import services

@@ -8,7 +8,7 @@ import numpy as np
 from dash import html
 
 from backend.estimate import in_bytes
-from backend.quantization_report import QuantizationReport, percent
+from backend.reports.quantization_report import QuantizationReport, percent
 from components.controls import facts
 from components.token_label import token_label
 

@@ -16,8 +16,8 @@ from backend.analysis.activations import bucket_edges, reduce_signed
 from backend.analysis.spectrum import FULL_SIDE, N_LEADING
 from backend.analysis.weights import SignedMap
 from backend.model_files import ModelEntry, identity
-from backend.weight_matrix import Matrix
-from backend.weight_results import MAP_SIDE, TensorDetail, WeightReport
+from backend.reports.weight_matrix import Matrix
+from backend.reports.weight_results import MAP_SIDE, TensorDetail, WeightReport
 from backend.weights import Weight, Weights, open_weights
 from components.jobs_tray import job_or_none, job_panel
 from components.services import services

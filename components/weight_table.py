@@ -12,7 +12,7 @@ import dash_ag_grid as dag
 from dash import html
 
 from backend.analysis.weights import STATISTICS, super_weight_candidates
-from backend.weight_results import WeightReport
+from backend.reports.weight_results import WeightReport
 from components.controls import set_button
 
 SHOWN_CANDIDATES = 12

@@ -14,8 +14,8 @@ from dash import Input, Output, State, callback, ctx, dcc, html, no_update, set_
 from backend.analysis.activations import robust_range
 from backend.analysis.spectrum import FULL_SIDE, N_LEADING
 from backend.analysis.weights import N_BINS, bin_edges, by_component, rebinned
-from backend.weight_matrix import Matrix, n_matrices
-from backend.weight_results import WeightReport
+from backend.reports.weight_matrix import Matrix, n_matrices
+from backend.reports.weight_results import WeightReport
 from components.card import card, cards
 from components.figures.theme import no_figure
 from components.figures.weights import component_histograms, histogram, norm_lines, singular_values, vector_line, weight_map

@@ -16,8 +16,8 @@ from backend.errors import LayerscopeError
 from backend.estimate import in_bytes
 from backend.model_files import ModelEntry, identity
 from backend.model_info import ModelInfo
-from backend.model_metadata import MetadataRow, read_metadata
-from backend.model_parts import Anatomy, layer_ranges, take_apart
+from backend.reports.model_metadata import MetadataRow, read_metadata
+from backend.reports.model_parts import Anatomy, layer_ranges, take_apart
 from backend.weights import open_weights
 from components.architecture_view import count, diagram, differences, part_keys, size_table, tensor_table
 from components.card import card, full_screen_button

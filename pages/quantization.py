@@ -14,7 +14,7 @@ from dash import Input, Output, State, callback, dcc, html, no_update
 from dash.exceptions import PreventUpdate
 
 from backend.errors import LayerscopeError
-from backend.quantization_report import QuantizationReport, percent
+from backend.reports.quantization_report import QuantizationReport, percent
 from components.card import card, cards
 from components.controls import set_button
 from components.figures.quantization import ACTIVATION_METRICS, WEIGHT_METRICS, depth_map, error_path, kl_bars, position_map, written

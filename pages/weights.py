@@ -18,7 +18,7 @@ from dash.exceptions import PreventUpdate
 from backend.analysis.weights import NEAR_ZERO_SIGMAS, STATISTICS, by_component, joint
 from backend.errors import LayerscopeError
 from backend.estimate import in_bytes
-from backend.weight_results import WeightReport
+from backend.reports.weight_results import WeightReport
 from components import states
 from components.card import card, cards, full_screen_button
 from components.figures.theme import no_figure

@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that `backend` is found when this file is run as a script
 
-from backend.demo import ensure_demo_variants  # noqa: E402
 from backend.engines import OpenOptions, Sampling, open_engine  # noqa: E402
+from backend.files.demo import ensure_demo_variants  # noqa: E402
 
 FOLDERS = ("demo-dense", "demo-moe")
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"

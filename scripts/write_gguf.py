@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `backend` is found when this file is run as a script
 
 from backend.errors import LayerscopeError
-from backend.gguf_writer import write_gguf
+from backend.files.gguf_writer import write_gguf
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from backend.gguf_writer import _add_vocabulary, _read_safetensors
+from backend.files.gguf_writer import _add_vocabulary, _read_safetensors
 from tests.gguf_fixtures import _stacked
 from tests.tiny_models import N_TOKENS, save_tokenizer
 

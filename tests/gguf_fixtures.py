@@ -16,7 +16,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from backend.gguf_writer import _add_vocabulary, _read_safetensors, interleave_rotary
+from backend.files.gguf_writer import _add_vocabulary, _read_safetensors, interleave_rotary
 
 Array = NDArray[Any]
 Change = Callable[[str, Array, Any], Array]

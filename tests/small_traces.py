@@ -10,7 +10,7 @@ import numpy as np
 
 from backend.engines import Piece
 from backend.model_info import ModelInfo
-from backend.trace_writer import TraceWriter
+from backend.tracefile.trace_writer import TraceWriter
 
 INFO = ModelInfo(name="toy", source="toy", engine="hf", architecture="llama", n_layers=2, n_heads=2, n_kv_heads=1, d_model=8, d_head=4, d_mlp=16,
                  d_vocab=50, n_ctx=64, n_params=1000, n_bytes=4000, quantization="F32")  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from backend.analysis.graph import count_ops, find, fold
-from backend.model_graph import GraphNode, ModelGraph
+from backend.reports.model_graph import GraphNode, ModelGraph
 
 
 def small() -> ModelGraph:

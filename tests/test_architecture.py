@@ -36,7 +36,7 @@ def third_party(folder: str) -> set[str]:
 
 def test_analysis_is_arrays_to_arrays():
     assert third_party("backend/analysis") <= {"numpy", "scipy", "sklearn", "umap"}
-    allowed = ("backend.analysis", "backend.model_info", "backend.model_graph")
+    allowed = ("backend.analysis", "backend.model_info", "backend.reports.model_graph")
     inside = {line.split(": ")[1] for line in offenders("backend/analysis", ("backend", "components"))} - {"backend"}
     assert all(name.startswith(allowed) for name in inside), inside
 
@@ -66,7 +66,7 @@ def test_nothing_imports_pages_and_few_read_the_settings():
 
 
 def test_engines_rest_on_the_vocabulary_alone():
-    forbidden = ("backend.trace", "backend.trace_writer", "backend.library", "backend.jobs", "backend.experiments", "components", "dash", "plotly", "h5py")
+    forbidden = ("backend.trace", "backend.tracefile", "backend.library", "backend.jobs", "backend.experiments", "components", "dash", "plotly", "h5py")
     assert not offenders("backend/engines", forbidden)
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from backend.demo import ensure_demo_variants
 from backend.engines import OpenOptions, Request, open_engine
 from backend.experiments.capture import CaptureSpec, capture
+from backend.files.demo import ensure_demo_variants
 from backend.trace import Trace
 from tests.test_engines_agree import nmse
 

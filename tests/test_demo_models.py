@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from backend import demo
 from backend.errors import LayerscopeError
-from backend.gguf_writer import interleave_rotary, write_gguf
+from backend.files import demo
+from backend.files.gguf_writer import interleave_rotary, write_gguf
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "models"

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from backend import hf_config
 from backend.analysis.identities import Identities
 from backend.engines import Engine, OpenOptions, Piece, Request, Sampling, open_engine
 from backend.engines.gguf import GgufEngine
 from backend.engines.hf import HfEngine
 from backend.experiments.capture import _weight_or_none
+from backend.files import hf_config
 from backend.intervention import Intervention
 from backend.sites import SITES
 from backend.weights import open_weights

@@ -23,7 +23,7 @@ from backend.estimate import (
     trace_bytes,
 )
 from backend.model_info import ModelInfo
-from backend.trace_writer import TraceWriter
+from backend.tracefile.trace_writer import TraceWriter
 
 # A model of round numbers: 4 layers, 8 heads of 32, 4 kv heads, width 256, hidden 768, 1000 tokens; 5 M parameters in 10 MB.
 DENSE = ModelInfo(name="round", source="", engine="gguf", architecture="llama", n_layers=4, n_heads=8, n_kv_heads=4, d_model=256, d_head=32, d_mlp=768,

@@ -19,17 +19,17 @@ import psutil
 import pytest
 
 from backend.errors import LayerscopeError
-from backend.jobs import Jobs
+from backend.jobs.records import Jobs
+from backend.jobs.worker_process import ROOT, WorkerKeeper
 from backend.library import Library
 from backend.trace import open_trace
-from backend.worker_process import ROOT, WorkerKeeper
 from tests.test_jobs import COMMAND, settings_in, wait_for
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 
 SERVER = """
 import signal, sys
-from backend.worker_process import WorkerKeeper
+from backend.jobs.worker_process import WorkerKeeper
 from config import load_settings
 settings = load_settings()
 lock = settings.lock()

@@ -24,7 +24,7 @@ from backend.engines.gguf_unembed import Unembedding, measured
 from backend.errors import LayerscopeError
 from backend.experiments.capture import CaptureSpec
 from backend.experiments.capture import capture as capture_trace
-from backend.gguf_header import model_info, read_header
+from backend.files.gguf_header import model_info, read_header
 from backend.intervention import Intervention
 from backend.model_info import ModelInfo
 from backend.trace import Trace

@@ -13,7 +13,6 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from backend import hf_config
 from backend.engines import OpenOptions, Request, Sampling, hf_generic
 from backend.engines.hf import HfEngine
 from backend.engines.hf_generic import NO_ROW, NO_UNEMBED
@@ -21,7 +20,8 @@ from backend.engines.hf_taps import TAP
 from backend.errors import LayerscopeError
 from backend.experiments.capture import CaptureSpec
 from backend.experiments.capture import capture as capture_trace
-from backend.hf_types import GENERIC_TYPES, NOT_SERVED
+from backend.files import hf_config
+from backend.files.hf_types import GENERIC_TYPES, NOT_SERVED
 from backend.intervention import Intervention
 from backend.trace import Trace
 from backend.weights import open_weights

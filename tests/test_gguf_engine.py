@@ -23,7 +23,7 @@ from backend.engines.gguf_graph import SeenNode, find_places
 from backend.engines.gguf_sites import Architecture, Node
 from backend.engines.hf import HfEngine
 from backend.errors import Cancelled, LayerscopeError
-from backend.ggml_types import GGML_TYPES
+from backend.files.ggml_types import GGML_TYPES
 from backend.intervention import Intervention
 from backend.sites import SITES
 from tests import gguf_fixtures

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from backend.errors import LayerscopeError
-from backend.gguf_header import StringArray, model_info, read_header
+from backend.files.gguf_header import StringArray, model_info, read_header
 from tests.gguf_cases import ARR, BEYOND, BOOL, CASES, F32, I32, STR, U8, U16, U32, Tensor, model_file, model_tensors
 from tests.tiny_models import TinyModel
 

@@ -14,7 +14,7 @@ from backend.engines import Piece, Request, open_engine
 from backend.engines.ggml import F32, Tensor, op_name
 from backend.engines.gguf_nodes import Recorder, layer_of
 from backend.errors import LayerscopeError
-from backend.model_graph import ModelGraph
+from backend.reports.model_graph import ModelGraph
 from tests.tiny_models import TinyModel
 
 Get = Callable[[str], TinyModel]
@@ -57,7 +57,7 @@ def ancestors(graph: ModelGraph, end: int) -> set[int]:
 def stored_names(model: TinyModel, engine: str) -> set[str]:
     """The tensors of the file; of a folder, the parameters that transformers makes of them."""
     if engine == "gguf":
-        from backend.gguf_header import read_header
+        from backend.files.gguf_header import read_header
 
         return set(read_header(model.gguf).tensors)
     from transformers import AutoModelForCausalLM

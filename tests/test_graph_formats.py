@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from backend.errors import LayerscopeError
-from backend.graph_formats import as_dot, as_text, of_layer, plain
-from backend.model_graph import GraphNode, ModelGraph
+from backend.reports.graph_formats import as_dot, as_text, of_layer, plain
+from backend.reports.model_graph import GraphNode, ModelGraph
 from tests.test_cli import run  # noqa: F401 - a fixture
 
 HOSTILE = ['"];evil [label="', "a\\", "\\N \\G", "<b>x</b>", "line\nbreak", "\x1b[2Jclear", "\u202egnp.exe", "ends in quote\"", "", "{|}", "日本"]

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from backend import half_precision
-from backend.half_precision import overflowed, to_float16
+from backend.tracefile import half_precision
+from backend.tracefile.half_precision import overflowed, to_float16
 
 
 def every_kind_of_value() -> np.ndarray:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from backend.engines import hf_sites
 from backend.errors import LayerscopeError
-from backend.hf_config import ARCHITECTURES, HEADER_LIMIT, check_folder, model_info, safetensors_header
+from backend.files.hf_config import ARCHITECTURES, HEADER_LIMIT, check_folder, model_info, safetensors_header
 from tests.tiny_models import TinyModel
 
 ONE_TENSOR = {"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
@@ -74,9 +74,9 @@ def test_weights_in_several_files_are_one_model(tiny_llama: TinyModel, tmp_path:
 
 
 def test_reading_a_folder_needs_neither_torch_nor_transformers(tiny_llama: TinyModel) -> None:
-    code = "import sys; from pathlib import Path; from backend.hf_config import model_info; model_info(Path(sys.argv[1])); print(*sys.modules)"
+    code = "import sys; from pathlib import Path; from backend.files.hf_config import model_info; model_info(Path(sys.argv[1])); print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code, str(tiny_llama.hf)], capture_output=True, text=True, check=True).stdout.split()
-    assert "backend.hf_config" in modules
+    assert "backend.files.hf_config" in modules
     assert not {"torch", "transformers", "safetensors", "llama_cpp"} & set(modules)
 
 

@@ -662,7 +662,7 @@ def test_a_tied_unembedding_is_the_embedding(tmp_path: Path) -> None:
 
 
 def test_info_is_what_the_headers_say_except_what_only_the_tokenizer_knows(tiny: TinyModel, engine: HfEngine) -> None:
-    from backend.hf_config import model_info
+    from backend.files.hf_config import model_info
 
     assert engine.info == dataclasses.replace(model_info(tiny.hf), add_bos=True)
     assert engine.info.n_params == sum(parameter.numel() for parameter in engine._model.parameters())

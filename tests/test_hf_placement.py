@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-from backend import hf_config
 from backend.engines import OpenOptions, open_engine
 from backend.engines import hf as hf_module
 from backend.engines import hf_placement as placement
@@ -22,6 +21,7 @@ from backend.engines.hf import HfEngine
 from backend.errors import LayerscopeError
 from backend.experiments.capture import CaptureSpec
 from backend.experiments.capture import capture as capture_trace
+from backend.files import hf_config
 from backend.trace import Trace
 from tests.tiny_models import TinyModel
 

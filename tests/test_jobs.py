@@ -17,10 +17,10 @@ import pytest
 from huey.registry import Message
 
 from backend.errors import LayerscopeError
-from backend.jobs import Job, Jobs
-from backend.processes import Owner, exit_reason
-from backend.task_queue import JsonSerializer
-from backend.worker_process import WorkerKeeper, start_worker, stop_worker
+from backend.jobs.processes import Owner, exit_reason
+from backend.jobs.records import Job, Jobs
+from backend.jobs.task_queue import JsonSerializer
+from backend.jobs.worker_process import WorkerKeeper, start_worker, stop_worker
 from config import Settings, load_settings
 
 COMMAND = (sys.executable, "-m", "tests.fake_worker")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from backend.engines import OpenOptions, open_engine
-from backend.hf_config import model_info
+from backend.files.hf_config import model_info
 from backend.sites import SITES
 from backend.weight_names import EACH, HF_NAMES, Stored, section_rows
 from tests.test_engines_agree import IDS, KINDS, NMSE, nmse

@@ -12,7 +12,7 @@ from backend.engines import Engine, OpenOptions, Request, no_sink, open_engine
 from backend.errors import LayerscopeError
 from backend.estimate import kv_bytes, trace_bytes
 from backend.experiments.capture import CaptureSpec, capture
-from backend.gguf_header import model_info, read_header
+from backend.files.gguf_header import model_info, read_header
 from backend.intervention import Intervention
 from backend.trace import open_trace
 from tests.tiny_models import TinyModel

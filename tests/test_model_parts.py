@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from backend.demo import ensure_demo_variants
+from backend.files.demo import ensure_demo_variants
 from backend.model_files import describe
-from backend.model_metadata import FIRST_ITEMS, TEXT_CHARACTERS, metadata_row, read_metadata
-from backend.model_parts import layer_ranges, take_apart, type_layers
+from backend.reports.model_metadata import FIRST_ITEMS, TEXT_CHARACTERS, metadata_row, read_metadata
+from backend.reports.model_parts import layer_ranges, take_apart, type_layers
 from backend.weights import open_weights
 from components.model_facts import Facts
 from tests.gguf_cases import ARR, STR, Tensor, model_file, model_tensors
@@ -49,7 +49,7 @@ def test_tied_parallel_and_mixed_models_are_seen_as_such(tiny_model):
 
 
 def test_a_mixed_quantization_names_the_layers_that_differ(tmp_path: Path):
-    from backend.gguf_header import read_header
+    from backend.files.gguf_header import read_header
 
     path = ensure_demo_variants(ROOT / "models", tmp_path, ["demo-dense-q4_k_m"])["demo-dense-q4_k_m"]
     types = {name: tensor.type_name for name, tensor in read_header(path).tensors.items()}

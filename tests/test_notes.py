@@ -9,7 +9,7 @@ import pytest
 
 from backend.engines import OpenOptions, open_engine
 from backend.experiments.capture import CaptureSpec, capture
-from backend.hf_config import model_info
+from backend.files.hf_config import model_info
 from backend.trace import Trace, open_trace
 from tests.test_engines_agree import nmse
 from tests.tiny_models import TinyModel, save_tiny

@@ -21,11 +21,11 @@ from backend.engines.gguf import GgufEngine
 from backend.engines.hf import HfEngine
 from backend.errors import LayerscopeError
 from backend.experiments.capture import CaptureSpec, capture
-from backend.gguf_format import read_file
+from backend.files.gguf_format import read_file
+from backend.files.model_kinds import GGUF_KINDS, HF_KINDS, refuse_config
+from backend.jobs.warm_engine import WarmEngine
 from backend.model_files import Shelf, describe
-from backend.model_kinds import GGUF_KINDS, HF_KINDS, refuse_config
 from backend.trace import open_trace
-from backend.warm_engine import WarmEngine
 from backend.weights import open_weights
 from config import load_settings
 from tests.gguf_cases import ARR, STR, Tensor, model_file, model_tensors
@@ -105,8 +105,8 @@ def test_a_gguf_file_that_is_no_decoder_is_refused_as_what_it_is(tmp_path: Path,
 
 
 def test_no_architecture_that_can_be_run_is_called_something_else() -> None:
-    from backend import hf_config
     from backend.engines import gguf_sites
+    from backend.files import hf_config
 
     assert not set(GGUF_KINDS) & set(gguf_sites.ARCHITECTURES) and not set(HF_KINDS) & set(hf_config.ARCHITECTURES)
     encoders = {name for name in gguf.MODEL_ARCH_NAMES.values() if "bert" in name or name.endswith(("-embedding", "-embed", "-dec", "encoder"))}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from backend.trace import Trace
-from backend.trace_writer import TraceWriter
+from backend.tracefile.trace_writer import TraceWriter
 from components.position_table import BLOCK, block_words, position_table
 from tests.small_traces import INFO
 

@@ -18,9 +18,9 @@ from backend.derived import Derived
 from backend.engines import Engine, OpenOptions, open_engine
 from backend.errors import Cancelled, LayerscopeError
 from backend.experiments.quantization import Side, check_same_model, compare, compare_weights
+from backend.files.quantizer import quantize
 from backend.model_files import describe
-from backend.quantization_report import QuantizationReport, report_key
-from backend.quantizer import quantize
+from backend.reports.quantization_report import QuantizationReport, report_key
 from backend.sites import SITES
 from backend.weights import open_weights
 from tests.test_hf_engine import capture

@@ -12,7 +12,7 @@ import pytest
 from backend.errors import LayerscopeError
 from backend.model_files import ModelEntry
 from backend.model_info import ModelInfo
-from backend.quantization_report import PromptResult, QuantizationReport, percent
+from backend.reports.quantization_report import PromptResult, QuantizationReport, percent
 from components.figures.quantization import ACTIVATION_METRICS, WEIGHT_METRICS, depth_map, error_path, kl_bars, position_map, written
 from components.quantization_form import MAX_PROMPTS, job_params, references_for, split_prompts
 from components.quantization_tables import prediction_table, summary_facts, tensor_table

@@ -14,12 +14,12 @@ import pytest
 import backend
 from backend.errors import LayerscopeError
 from backend.experiments.quantization import compare
-from backend.gguf_header import read_header
-from backend.gguf_writer import write_gguf
-from backend.imatrix import read_imatrix
+from backend.files.gguf_header import read_header
+from backend.files.gguf_writer import write_gguf
+from backend.files.imatrix import read_imatrix
+from backend.files.quantizer import NEED_IMATRIX, TYPES, check_type, default_output, quantize
 from backend.model_files import describe
-from backend.quantization_report import QuantizationReport
-from backend.quantizer import NEED_IMATRIX, TYPES, check_type, default_output, quantize
+from backend.reports.quantization_report import QuantizationReport
 from backend.weights import open_weights
 from tests.test_quantization import side
 from tests.tiny_models import TinyModel, save_tiny
@@ -92,7 +92,7 @@ def test_types_that_need_an_importance_matrix_fail_in_llama_cpp_without_one_and_
     for name in sorted(NEED_IMATRIX):
         quantize(blocks.gguf, tmp_path / f"{name}.gguf", name, tmp_path / "imatrix.gguf")
         assert describe(tmp_path / f"{name}.gguf").quantization == name
-    monkeypatch.setattr("backend.quantizer.NEED_IMATRIX", frozenset())
+    monkeypatch.setattr("backend.files.quantizer.NEED_IMATRIX", frozenset())
     for name in sorted(NEED_IMATRIX):
         with pytest.raises(LayerscopeError, match=f"could not quantize blocks-f32.gguf to {name}"):
             quantize(blocks.gguf, tmp_path / f"{name}-without.gguf", name)

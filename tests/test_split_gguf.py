@@ -17,9 +17,9 @@ from backend.engines.gguf import GgufEngine
 from backend.errors import LayerscopeError
 from backend.estimate import estimate
 from backend.experiments.capture import CaptureSpec, capture
-from backend.gguf_format import read_file
-from backend.gguf_header import model_info, read_header
-from backend.gguf_split import MAX_PARTS, parts_of, whole_name
+from backend.files.gguf_format import read_file
+from backend.files.gguf_header import model_info, read_header
+from backend.files.gguf_split import MAX_PARTS, parts_of, whole_name
 from backend.model_files import Shelf, describe, fingerprint
 from backend.trace import open_trace
 from backend.weights import open_weights

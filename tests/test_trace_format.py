@@ -11,8 +11,8 @@ from backend.errors import LayerscopeError, SiteNotCaptured
 from backend.model_info import ModelInfo
 from backend.sites import SITES, resolve_site, resolve_sites
 from backend.trace import Trace
-from backend.trace_layout import site_path
-from backend.trace_writer import TraceWriter
+from backend.tracefile.trace_layout import site_path
+from backend.tracefile.trace_writer import TraceWriter
 
 INFO = ModelInfo("tiny", "tiny.gguf", "gguf", "llama", n_layers=2, n_heads=4, n_kv_heads=2, d_model=8, d_head=2, d_mlp=6, d_vocab=11, n_ctx=64)
 RNG = np.random.default_rng(0)
@@ -190,7 +190,7 @@ def test_a_flipped_bit_anywhere_in_a_stored_chunk_is_an_error_and_never_another_
 
 
 def test_a_chunk_that_the_disk_changed_is_noticed_before_the_trace_is_published(tmp_path, monkeypatch):
-    from backend import trace_writer
+    from backend.tracefile import trace_writer
 
     real = trace_writer.verify
 

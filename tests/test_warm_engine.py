@@ -10,8 +10,8 @@ import pytest
 
 from backend.engines import OpenOptions
 from backend.errors import LayerscopeError
+from backend.jobs.warm_engine import WarmEngine
 from backend.model_files import Shelf, describe
-from backend.warm_engine import WarmEngine
 from config import load_settings
 from tests.test_library import save_header_only
 

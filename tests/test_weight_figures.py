@@ -9,8 +9,8 @@ import pytest
 
 from backend.analysis.activations import reduce_signed
 from backend.analysis.weights import bin_edges
-from backend.weight_matrix import Matrix
-from backend.weight_results import TensorDetail
+from backend.reports.weight_matrix import Matrix
+from backend.reports.weight_results import TensorDetail
 from backend.weights import open_weights
 from components import weight_source
 from components.figures.weights import LONGEST_LINE, component_histograms, histogram, norm_lines, singular_values, statistic_heatmap, vector_line, weight_map

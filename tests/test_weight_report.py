@@ -20,11 +20,11 @@ from backend.derived import Derived
 from backend.errors import Cancelled, LayerscopeError
 from backend.experiments import KINDS, Context, weight_report
 from backend.experiments.weight_report import tensor_detail
-from backend.gguf_header import read_header
+from backend.files.gguf_header import read_header
 from backend.library import Library
 from backend.model_files import identity
-from backend.weight_matrix import Matrix, n_matrices
-from backend.weight_results import TensorDetail, WeightReport
+from backend.reports.weight_matrix import Matrix, n_matrices
+from backend.reports.weight_results import TensorDetail, WeightReport
 from backend.weights import PIECE, open_weights
 from tests.tiny_models import TinyModel
 from tests.web_app import web_app

@@ -29,7 +29,7 @@ class TinyModel:
 
     @cached_property
     def gguf(self) -> Path:
-        from backend.gguf_writer import write_gguf
+        from backend.files.gguf_writer import write_gguf
         from tests import gguf_fixtures
 
         out = self.hf.with_name(f"{self.hf.name}-f32.gguf")

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from backend.model_graph import GraphNode, ModelGraph
+from backend.reports.model_graph import GraphNode, ModelGraph
 
 
 @dataclass(frozen=True)

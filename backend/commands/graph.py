@@ -32,7 +32,7 @@ def graph(
     Example: python -m backend graph --model demo-dense-q8_0 --layer 0 --format dot --output layer0.dot
     """
     from backend import open_model
-    from backend.graph_formats import as_dot, as_text, of_layer
+    from backend.reports.graph_formats import as_dot, as_text, of_layer
 
     if form not in _FORMATS:
         raise LayerscopeError(f"The format {form!r} is not one of {', '.join(_FORMATS)}.")

@@ -66,7 +66,7 @@ def register(app: typer.Typer, bar: Callable[[], Any]) -> None:
 
 def describe(report: Any) -> str:
     """A report as a person reads it in a terminal: the sentence, the weights and places that moved most, the predictions."""
-    from backend.quantization_report import percent
+    from backend.reports.quantization_report import percent
 
     lines = [report.sentence(), "", f"{'tensor':<36} {'stored as':<10} {'off':>8} {'SQNR, dB':>9} {'max error':>10} {'cosine':>10}"]
     worst = sorted(report.weights, key=lambda row: -row["relative_rmse"])

@@ -77,7 +77,7 @@ def one_tensor(weights: Any, name: str, index: int, progress: Any) -> dict[str, 
     """Statistics and histogram of a tensor; for a matrix also the norms of rows and columns and the singular values."""
     from backend.analysis.weights import STATISTICS, bin_edges
     from backend.experiments.weight_report import tensor_detail, tensor_report
-    from backend.weight_matrix import Matrix
+    from backend.reports.weight_matrix import Matrix
 
     parts = weights.lazy(name).native
     apart = len(parts) > 1  # experts that the file stores one by one

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from backend.errors import LayerscopeError, ranges
 from backend.intervention import Intervention, edits_by_place
-from backend.model_graph import ModelGraph
 from backend.model_info import ModelInfo
+from backend.reports.model_graph import ModelGraph
 from backend.sites import SITES
 
 if TYPE_CHECKING:

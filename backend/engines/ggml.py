@@ -113,7 +113,7 @@ def buffer_name(tensor: Tensor) -> str:
 
 
 def type_traits(type_id: int) -> tuple[str, int, int]:
-    """(name, values in a block, bytes of a block) as ggml states them; `type_id` is one of backend.ggml_types.GGML_TYPES."""
+    """(name, values in a block, bytes of a block) as ggml states them; `type_id` is one of backend.files.ggml_types.GGML_TYPES."""
     traits = _base().ggml_get_type_traits(type_id).contents
     return traits.type_name.decode(), traits.blck_size, traits.type_size
 

@@ -41,11 +41,11 @@ from backend.engines.gguf_vocab import Vocabulary
 from backend.engines.native import NativeTensor
 from backend.engines.sampling import check_sampling, choose
 from backend.errors import Cancelled, LayerscopeError
-from backend.file_stamps import stamps
-from backend.gguf_header import GgufHeader, model_info, read_header
-from backend.gguf_split import parts_of
+from backend.files.file_stamps import stamps
+from backend.files.gguf_header import GgufHeader, model_info, read_header
+from backend.files.gguf_split import parts_of
 from backend.intervention import Intervention, edits_by_place
-from backend.model_graph import ModelGraph
+from backend.reports.model_graph import ModelGraph
 from backend.weight_names import ROTARY_INTERLEAVED
 from backend.weights import open_weights
 

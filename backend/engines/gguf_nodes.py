@@ -14,8 +14,8 @@ from dataclasses import replace
 
 from backend.engines.ggml import Tensor, buffer_name, op_description, op_name, type_traits
 from backend.engines.gguf_graph import Place, SeenNode, Where
-from backend.ggml_types import GGML_TYPES
-from backend.model_graph import GraphNode, Kind
+from backend.files.ggml_types import GGML_TYPES
+from backend.reports.model_graph import GraphNode, Kind
 
 EDGES = "Edges are the source pointers of the nodes that llama.cpp's scheduler ran; dashed ones lead through memory that a node wrote and a later one reads."
 

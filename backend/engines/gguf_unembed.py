@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backend.analysis.identities import Tolerances, relative_error
-from backend.gguf_header import GgufHeader
+from backend.files.gguf_header import GgufHeader
 from backend.model_info import ModelInfo
 from backend.weights import Weight, Weights
 

@@ -39,9 +39,9 @@ from backend.engines.hf_tokenizer import HfTokenizer, first_line
 from backend.engines.native import NativeTensor
 from backend.engines.sampling import check_sampling, choose
 from backend.errors import LayerscopeError
-from backend.hf_config import CONFIG_LIMIT, model_info, read_json
+from backend.files.hf_config import CONFIG_LIMIT, model_info, read_json
 from backend.intervention import Intervention, edits_by_place
-from backend.model_graph import ModelGraph
+from backend.reports.model_graph import ModelGraph
 from backend.weight_names import section_rows
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from backend.engines import Where
 from backend.engines.hf_sites import Architecture
-from backend.model_graph import GraphNode, Kind, ModuleCall
+from backend.reports.model_graph import GraphNode, Kind, ModuleCall
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

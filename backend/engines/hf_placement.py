@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from backend.engines import OpenOptions
 from backend.errors import LayerscopeError
-from backend.hf_config import CONFIG_LIMIT, bitsandbytes_bits, read_json
+from backend.files.hf_config import CONFIG_LIMIT, bitsandbytes_bits, read_json
 
 if TYPE_CHECKING:
     import torch

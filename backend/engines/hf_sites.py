@@ -1,6 +1,6 @@
 """Where each architecture of transformers keeps the sites and weights: one row an architecture, module paths as data.
 
-Adding an architecture is a row here and one in `backend.hf_config.ARCHITECTURES` (its config keys). Rows share the parts that
+Adding an architecture is a row here and one in `backend.files.hf_config.ARCHITECTURES` (its config keys). Rows share the parts that
 their modules share; what an architecture lacks is absent from its row. `{}` in a path stands for the layer. rot_q, rot_k,
 attn_scores, attn_pattern and z are not modules: the attention function sees them (hf_attention). No torch here.
 """

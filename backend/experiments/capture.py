@@ -33,7 +33,7 @@ from backend.intervention import Intervention, edits_by_place
 from backend.notes import notes
 from backend.prompt_text import check_label
 from backend.sites import ALL_SITES, NATIVE, SITES, STANDARD_SITES, resolve_sites, split_native
-from backend.trace_writer import TraceWriter
+from backend.tracefile.trace_writer import TraceWriter
 
 TOP_K = 20
 _SUMMARY_ROWS = 32  # positions whose logits are summarised at once

@@ -6,7 +6,7 @@ from typing import Any
 
 from backend.experiments import Context
 from backend.model_files import identity
-from backend.model_graph import graph_key
+from backend.reports.model_graph import graph_key
 
 
 def graph_job(context: Context, params: dict[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from backend.experiments.aside import Aside
 from backend.experiments.capture import DISK_RESERVE
 from backend.model_files import describe, fingerprint
 from backend.model_info import ModelInfo
-from backend.quantization_report import Place, PromptResult, QuantizationReport, facts, report_key
+from backend.reports.quantization_report import Place, PromptResult, QuantizationReport, facts, report_key
 from backend.sites import SITES, resolve_sites
 from backend.weights import Weight, Weights, open_weights
 

@@ -24,8 +24,8 @@ from backend.engines import ShouldStop, default_threads, never_stop
 from backend.errors import Cancelled, LayerscopeError
 from backend.experiments import Context, Progress, no_progress
 from backend.model_files import identity as identity_of
-from backend.weight_matrix import Matrix
-from backend.weight_results import MAP_SIDE, TensorDetail, WeightReport
+from backend.reports.weight_matrix import Matrix
+from backend.reports.weight_results import MAP_SIDE, TensorDetail, WeightReport
 from backend.weights import PIECE, Weight, Weights, open_weights
 
 SHARE = 32 * PIECE  # weights of a task

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 from backend.engines import open_engine
-from backend.graph_formats import shape_text
-from backend.model_graph import ModelGraph
+from backend.reports.graph_formats import shape_text
+from backend.reports.model_graph import ModelGraph
 from backend.trace import Trace, open_trace
 from tests.gguf_cases import ARR, STR, Tensor, model_file, model_tensors
 from tests.tiny_models import TinyModel
@@ -185,7 +185,7 @@ def test_a_model_that_is_not_there_is_said_in_one_sentence(browse):
 
 
 def test_the_parts_are_those_of_the_header_and_a_click_shows_their_tensors(server, browse, tiny_llama: TinyModel):
-    from backend.gguf_header import read_header
+    from backend.files.gguf_header import read_header
 
     tensors = read_header(tiny_llama.gguf).tensors
     page = browse("/architecture?model=tiny.gguf")

@@ -14,8 +14,8 @@ from urllib.parse import parse_qs, urlencode, urlparse
 import numpy as np
 import pytest
 
-from backend.quantization_report import QuantizationReport
-from backend.quantizer import quantize
+from backend.files.quantizer import quantize
+from backend.reports.quantization_report import QuantizationReport
 from tests.test_quantization import side
 from tests.tiny_models import save_tiny
 

@@ -1,6 +1,6 @@
 """Makes a quantized variant of a model with llama.cpp's own quantizer, so that it is what a user's own quantized file is.
 
-The source is a GGUF file in F32, F16 or BF16, or a Hugging Face folder that `backend.gguf_writer` can write. For the command line and
+The source is a GGUF file in F32, F16 or BF16, or a Hugging Face folder that `backend.files.gguf_writer` can write. For the command line and
 the Python API: llama.cpp reads the whole file here.
 """
 
@@ -19,9 +19,9 @@ from backend.durable import publish
 from backend.engines import default_threads
 from backend.engines.ggml import first_error, forget_errors, open_llama
 from backend.errors import LayerscopeError
-from backend.ggml_types import FILE_TYPES
-from backend.gguf_header import read_header
-from backend.imatrix import read_imatrix
+from backend.files.ggml_types import FILE_TYPES
+from backend.files.gguf_header import read_header
+from backend.files.imatrix import read_imatrix
 
 # What llama.cpp's quantizer has no code for, though it runs such files.
 NOT_WRITTEN = frozenset({"NVFP4"})
@@ -80,7 +80,7 @@ def default_output(source: Path, type_name: str) -> Path:
 def _as_gguf(source: Path, folder: Path) -> Path:
     """The source as an unquantized GGUF file; a folder of safetensors is written to one first, every weight as it is."""
     if source.is_dir():
-        from backend.gguf_writer import write_gguf
+        from backend.files.gguf_writer import write_gguf
 
         write_gguf(source, folder / "source.gguf", ftype="f32")
         return folder / "source.gguf"

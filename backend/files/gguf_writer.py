@@ -1,6 +1,6 @@
 """Write a Llama, Mistral or Mixtral checkpoint (a folder of safetensors) as an F16 or F32 GGUF file.
 
-Small on purpose: three model classes, no quantization (llama.cpp's own quantizer does that, see `backend.demo`), numpy only.
+Small on purpose: three model classes, no quantization (llama.cpp's own quantizer does that, see `backend.files.demo`), numpy only.
 It follows llama.cpp's `convert_hf_to_gguf.py`: all three classes carry the architecture name "llama"; the rows of W_Q and W_K
 are permuted from the half-split rotary layout of transformers to the interleaved layout of ggml; norms and the router stay in
 float32; the experts of a layer are stacked into one 3-D tensor. What it cannot express it refuses, by name.

@@ -19,7 +19,7 @@ from backend.settings import Settings
 
 log = logging.getLogger(__name__)
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # Tells the worker which process it must not outlive.
 PARENT_VARIABLE = "LAYERSCOPE_PARENT_PID"
 COMMAND = (sys.executable, "-m", "backend", "worker")

@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from backend.errors import LayerscopeError
-from backend.hf_types import GENERIC_TYPES, generic_keys
+from backend.files.hf_types import GENERIC_TYPES, generic_keys
+from backend.files.model_kinds import refuse_config, refuse_folder
+from backend.files.stand_ins import SHOWN_BYTES, stand_in
 from backend.model_info import ModelInfo
-from backend.model_kinds import refuse_config, refuse_folder
-from backend.stand_ins import SHOWN_BYTES, stand_in
 from backend.weight_names import HF_NAMES
 
 CONFIG_LIMIT = 4 << 20  # bytes of config.json, tokenizer_config.json

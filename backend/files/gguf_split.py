@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from backend.errors import LayerscopeError
-from backend.gguf_format import GgufHeader, StringArray, TensorInfo, read_file
+from backend.files.gguf_format import GgufHeader, StringArray, TensorInfo, read_file
 
 MAX_PARTS = 1000
 

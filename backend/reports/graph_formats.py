@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from backend.errors import LayerscopeError
-from backend.model_graph import GraphNode, ModelGraph
+from backend.reports.model_graph import GraphNode, ModelGraph
 
 _SHAPES = {"weight": "box", "input": "ellipse", "cache": "cylinder", "copy": "cds"}
 

@@ -19,9 +19,9 @@ from typing import Any
 
 from backend.durable import connect, private_folder
 from backend.errors import LayerscopeError
-from backend.processes import Owner
+from backend.jobs.processes import Owner
+from backend.jobs.task_queue import RUN_JOB, open_queue
 from backend.settings import Settings
-from backend.task_queue import RUN_JOB, open_queue
 
 log = logging.getLogger(__name__)
 

@@ -18,8 +18,8 @@ from typing import Any
 
 from huey.consumer import Consumer, Scheduler
 
-from backend.jobs import Job, Jobs
-from backend.processes import die_with_parent, exit_reason
+from backend.jobs.processes import die_with_parent, exit_reason
+from backend.jobs.records import Job, Jobs
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)

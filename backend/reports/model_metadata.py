@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backend.graph_formats import plain
+from backend.reports.graph_formats import plain
 
 FIRST_ITEMS = 8
 ITEM_CHARACTERS = 60
@@ -37,11 +37,11 @@ def read_metadata(path: Path) -> tuple[dict[str, Any], list[MetadataRow]]:
     Raises LayerscopeError as the readers do.
     """
     if path.is_dir():
-        from backend.hf_config import check_folder
+        from backend.files.hf_config import check_folder
 
         values = dict(_flat(check_folder(path).config, ""))
         return values, [metadata_row(key, _json_type(value), value) for key, value in values.items()]
-    from backend.gguf_header import read_header
+    from backend.files.gguf_header import read_header
 
     header = read_header(path)
     return header.metadata, [metadata_row(key, header.types[key], value) for key, value in header.metadata.items()]

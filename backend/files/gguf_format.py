@@ -1,6 +1,6 @@
 """The GGUF format, read with bounds: metadata and tensor table of a file that nobody vouches for.
 
-    read_file(path)    -> GgufHeader of this one file; backend.gguf_split joins the parts of a model that comes in several
+    read_file(path)    -> GgufHeader of this one file; backend.files.gguf_split joins the parts of a model that comes in several
 
 Every count and length is held against a limit and against the bytes that are left before anything is allocated; every rejection is
 one LayerscopeError. Ordinary reads and no mapping, so that a file that shrinks is a short read and not a SIGBUS.
@@ -20,8 +20,8 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn, overload
 import numpy as np
 
 from backend.errors import LayerscopeError
-from backend.ggml_types import GGML_TYPES
-from backend.stand_ins import SHOWN_BYTES, stand_in
+from backend.files.ggml_types import GGML_TYPES
+from backend.files.stand_ins import SHOWN_BYTES, stand_in
 
 MAX_KEYS = 65_536
 MAX_TENSORS = 1_000_000

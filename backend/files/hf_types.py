@@ -34,7 +34,7 @@ NOT_SERVED = frozenset(
     """.split()
 )
 
-# The usual names of each size, by field of backend.hf_config.ConfigKeys; the first that a config has counts.
+# The usual names of each size, by field of backend.files.hf_config.ConfigKeys; the first that a config has counts.
 _ALIASES: Mapping[str, tuple[str, ...]] = {
     "n_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
     "n_heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backend.errors import LayerscopeError
-from backend.gguf_format import GgufHeader, read_file
+from backend.files.gguf_format import GgufHeader, read_file
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 

@@ -1,6 +1,6 @@
 """The demo models' GGUF variants, made from the committed safetensors the first time they are wanted.
 
-Only models/demo-dense and models/demo-moe are committed. F16 is written by `backend.gguf_writer`; Q8_0 and Q4_K_M are made from
+Only models/demo-dense and models/demo-moe are committed. F16 is written by `backend.files.gguf_writer`; Q8_0 and Q4_K_M are made from
 it by llama.cpp's own quantizer, so they are what a user's own quantized files are. All five take a few seconds together.
 Beside each file lies `<file>.key`, a digest of what it was made from: a changed model folder or writer makes it anew.
 """
@@ -58,11 +58,11 @@ def _ensure(name: str, models_dir: Path, cache_dir: Path) -> Path:
     part = cache_dir / f".{name}.{os.getpid()}.part"
     try:
         if variant.ftype is None:
-            from backend.gguf_writer import write_gguf
+            from backend.files.gguf_writer import write_gguf
 
             write_gguf(models_dir / variant.folder, part, ftype="f16")
         else:
-            from backend.quantizer import run_quantizer
+            from backend.files.quantizer import run_quantizer
 
             run_quantizer(_ensure(f"{variant.folder}-f16", models_dir, cache_dir), part, variant.ftype)
         os.replace(part, path)

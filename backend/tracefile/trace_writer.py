@@ -22,11 +22,11 @@ from backend.durable import publish
 from backend.engines import Piece
 from backend.engines.native import NativePiece
 from backend.errors import LayerscopeError
-from backend.half_precision import overflowed, to_float16
 from backend.model_info import ModelInfo
 from backend.sites import SITES
-from backend.trace_chunks import FILTERS, Encoder, create, tiles, verify
-from backend.trace_layout import FORMAT, NATIVE_GROUP, PART_SUFFIX, SUFFIX, VERSION, check_id, chunk_shape, new_id, site_path, write_json
+from backend.tracefile.half_precision import overflowed, to_float16
+from backend.tracefile.trace_chunks import FILTERS, Encoder, create, tiles, verify
+from backend.tracefile.trace_layout import FORMAT, NATIVE_GROUP, PART_SUFFIX, SUFFIX, VERSION, check_id, chunk_shape, new_id, site_path, write_json
 
 # Small arrays are left to HDF5 and its own checksum.
 _SMALL = {"fletcher32": True, **FILTERS}

@@ -16,11 +16,11 @@ from typing import Any, NoReturn
 import numpy as np
 
 from backend.errors import LayerscopeError
-from backend.ggml_types import FILE_TYPES
-from backend.gguf_format import GgufHeader, StringArray, TensorInfo
-from backend.gguf_split import read_header, whole_name
+from backend.files.ggml_types import FILE_TYPES
+from backend.files.gguf_format import GgufHeader, StringArray, TensorInfo
+from backend.files.gguf_split import read_header, whole_name
+from backend.files.model_kinds import refuse_gguf
 from backend.model_info import ModelInfo
-from backend.model_kinds import refuse_gguf
 from backend.weight_names import GGUF_NAMES
 
 __all__ = ["GgufHeader", "StringArray", "TensorInfo", "model_info", "read_header"]
