@@ -127,8 +127,7 @@ def _cards(report: QuantizationReport, chosen: dict[str, Any]) -> list[Any]:
     pick_prompt = html.Div(dcc.Dropdown(prompts, at, id="quant-at", clearable=False, className="picker-prompt"), hidden=len(prompts) == 1)
     n_components = len({row["component"] for row in report.weights if row["layer"] is not None})
     n_sites = len(report.sites)
-    # Where the slots have names each needs room; narrower cards scroll sideways.
-    wide = {"minWidth": 1000 if report.n_layers <= 6 else 700}
+    wide = {"minWidth": 760}  # each slot needs room; a narrower card scrolls sideways
     tall = 110 + 19 * max(n_components, n_sites, 8)
     return [
         html.Div([html.P(report.sentence(), id="quant-sentence", className="quant-sentence"), html.Div(summary_facts(report), className="two-columns")], className="ls-card"),

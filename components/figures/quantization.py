@@ -207,7 +207,7 @@ def _lay_out_path(found: go.Figure, column: _Columns, predictions: Mapping[str, 
     at, names = column.ticks()
     found.update_xaxes(showgrid=False, zeroline=False, range=[-0.8, column.last + 0.8], col=1, showticklabels=False, showspikes=True, spikemode="across",
                        spikethickness=1, spikedash="dot", spikecolor=colour["ink-3"])  # fmt: skip
-    found.update_xaxes(tickmode="array", tickvals=at, ticktext=names, tickangle=-90, tickfont={"family": MONO, "size": 10}, showticklabels=True, row=2, col=1)
+    found.update_xaxes(tickmode="array", tickvals=at, ticktext=names, tickangle=-90, tickfont={"family": MONO, "size": 9}, showticklabels=True, row=2, col=1)
     for layer in range(column.n_layers):
         left = column.at(layer, 0) - 0.9
         if layer % 2 == 0:
@@ -215,9 +215,10 @@ def _lay_out_path(found: go.Figure, column: _Columns, predictions: Mapping[str, 
     step = max(1, column.n_layers // 32)
     for layer in range(0, column.n_layers, step):
         _note(found, column.at(layer, 0) - 0.9 + column.width / 2, f"L{layer}", theme)
+    lift = 20 if column.n_layers > 8 else 6  # over the names of narrow columns
     if column.start:
-        _note(found, column.embed, "embed", theme)
-    _note(found, column.last, "unembed", theme, "right")
+        _note(found, column.embed, "embed", theme, "center" if lift == 6 else "left", lift)
+    _note(found, column.last, "unembed", theme, "right", lift)
     found.update_yaxes(title="weights off, %", rangemode="tozero", nticks=5, row=1, col=1)
     found.update_yaxes(title="activations off, %", rangemode="tozero", nticks=6, row=2, col=1)
     found.update_xaxes(visible=False, range=[-0.25, 1.25], row=1, col=2)
@@ -230,9 +231,9 @@ def _lay_out_path(found: go.Figure, column: _Columns, predictions: Mapping[str, 
                          font={"size": 11, "color": colour["ink-2"]})  # fmt: skip
 
 
-def _note(found: go.Figure, x: float, text: str, theme: str, anchor: str = "center") -> None:
+def _note(found: go.Figure, x: float, text: str, theme: str, anchor: str = "center", lift: int = 6) -> None:
     font = {"size": 11, "color": colours(theme)["ink-2"]}
-    found.add_annotation(text=text, xref="x", yref="paper", x=x, y=1, yanchor="bottom", xanchor=anchor, yshift=6, showarrow=False, font=font)
+    found.add_annotation(text=text, xref="x", yref="paper", x=x, y=1, yanchor="bottom", xanchor=anchor, yshift=lift, showarrow=False, font=font)
 
 
 def _branch_colours(theme: str) -> dict[str, str]:
