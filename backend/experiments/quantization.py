@@ -41,7 +41,7 @@ MAX_PROMPTS = 256
 _BLOCK_CELLS = 1 << 19  # values of a weight in one block of rows: 4 MB in float64
 _SIZES = ("n_layers", "n_heads", "n_kv_heads", "d_model", "d_head", "d_mlp", "d_vocab", "n_experts", "n_experts_used")
 # Hugging Face's name of an architecture -> GGUF's, where it is more than a matter of "_text" and underscores.
-_GGUF_NAMES = {"mistral": "llama", "mixtral": "llama"}
+_GGUF_NAMES = {"mistral": "llama", "mixtral": "llama", "deepseek_v2": "deepseek2", "deepseek_v3": "deepseek2"}
 
 
 @dataclass(frozen=True)
