@@ -16,7 +16,7 @@ from components.controls import set_button
 from components.model_facts import Facts
 
 _MOST_ROWS = 60
-_ADDED = ("attention", "mlp", "experts")  # parts whose output is added to the residual stream
+_ADDED = ("attention", "ssm", "mlp", "experts")  # parts whose output is added to the residual stream
 _SHOWN_TYPES = 3
 
 
@@ -63,15 +63,15 @@ def _block(group: BlockGroup, boxes: Sequence[tuple[Part, Any]], facts: Facts) -
     n = len(group.layers)
     which = html.Span(f"layer{'s' if n > 1 else ''} {layer_ranges(group.layers)}", className="muted small")
     head = html.Div([html.Span(f"Block × {n}" if n > 1 else "Block", className="arch-times"), which], className="arch-head")
-    present = [part.key for part, _ in boxes]
+    present, parallel = [part.key for part, _ in boxes], group.is_parallel or facts.says_parallel
     inside: list[Any] = []
     for i, (part, box) in enumerate(boxes):
         last_of_sum = part.key in _ADDED and not (i + 1 < len(present) and (present[i + 1].endswith("_post") or present[i + 1] == "shared"))
         ends = last_of_sum or part.key.endswith("_post") or part.key == "shared"
         inside.append(box)
-        if ends and not (group.is_parallel and part.key == "attention"):
+        if ends and not (parallel and part.key == "attention"):
             inside.append(html.Div(html.Span("+", title="added to the residual stream"), className="arch-add"))
-    note = html.Div("Attention and MLP read the same norm; both are added to the residual stream.", className="arch-fact") if group.is_parallel else None
+    note = html.Div("Attention and MLP both start from the block's input; what they give is added together.", className="arch-fact") if parallel else None
     differing = [html.Div(text, className="arch-fact") for text in differences(group.parts)]
     return html.Div([head, *inside, note, *differing], className="arch-block")
 

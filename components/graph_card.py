@@ -13,6 +13,7 @@ from backend.analysis.graph import count_ops, find
 from backend.reports.graph_formats import as_dot
 from backend.reports.model_graph import ModelGraph
 from components.card import card, full_screen_button
+from components.figures.theme import colours
 from components.graph_values import opened_graph
 from components.graph_view import LAYOUT, legend
 from components.node_panel import node_button
@@ -73,12 +74,12 @@ def search(text: str | None, model: str):
 
 
 @callback(Output("graph-canvas", "generateImage"), Input("graph-save-png", "n_clicks"), Input("graph-save-svg", "n_clicks"), State("graph-model", "value"),
-          prevent_initial_call=True)  # fmt: skip
-def save_picture(_: int | None, __: int | None, model: str):
+          State("theme", "data"), prevent_initial_call=True)  # fmt: skip
+def save_picture(_: int | None, __: int | None, model: str, theme: str):
     if not ctx.triggered[0]["value"]:
         return no_update
     kind = str(ctx.triggered_id).rpartition("-")[2]
-    return {"type": kind, "action": "download", "filename": _file_name(model), "options": {"full": True, "scale": 2}}
+    return {"type": kind, "action": "download", "filename": _file_name(model), "options": {"full": True, "scale": 2, "bg": colours(theme)["surface"]}}
 
 
 @callback(Output("graph-download", "data"), Input("graph-save-dot", "n_clicks"), Input("graph-save-json", "n_clicks"), State("graph-model", "value"),

@@ -8,6 +8,7 @@ from typing import Any
 from backend.model_info import ModelInfo
 from backend.reports.graph_formats import plain
 from backend.reports.model_parts import Anatomy, BlockGroup, layer_ranges
+from backend.weight_names import GGUF_NAMES, HF_NAMES
 
 # Fact -> keys of GGUF metadata (the architecture's name left out) and of config.json; the first that is there counts.
 _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -42,6 +43,12 @@ class Facts:
             return plain(found[:40])
         return found if isinstance(found, int | float) and not isinstance(found, bool) else None
 
+    @property
+    def says_parallel(self) -> bool:
+        """Whether the metadata says that attention and MLP start from the same residual stream."""
+        keys = (f"{self.info.architecture}.use_parallel_residual", "use_parallel_residual", "parallel_attn")
+        return any(self.values.get(key) is True for key in keys)
+
     def of(self, key: str, group: BlockGroup | None) -> list[str]:
         """Lines for the part of that key."""
         makers = {"attention": self._attention, "mlp": self._mlp, "experts": self._experts, "shared": self._shared, "router": self._router, "embedding": self._embedding,
@@ -61,8 +68,11 @@ class Facts:
         return [heads + ("" if latent else groups), *latent, *self._positions(), *self._window(), *extra]
 
     def _positions(self) -> list[str]:
-        if not any("rope" in key for key in self.values) and any(_is_position(tensor.name) for part in self.anatomy.before for tensor in part.tensors):
-            return ["learned positions, no RoPE"]
+        if not any("rope" in key for key in self.values):
+            if any(_is_position(tensor.name) for part in self.anatomy.before for tensor in part.tensors):
+                return ["learned positions, no RoPE"]
+            if self.info.architecture not in (GGUF_NAMES if self.info.engine == "gguf" else HF_NAMES):
+                return []  # its file does not say how it knows positions
         dims, share = self.get("rope_dimensions"), self.get("rope_share")
         part = f" on {dims:,} of {self.info.d_head} dimensions" if dims and dims != self.info.d_head else f" on {share:.0%} of each head" if share and share < 1 else ""
         kind, factor, original = self.get("rope_scaling"), self.get("rope_factor"), self.get("rope_original")
@@ -111,4 +121,4 @@ class Facts:
 
 
 def _is_position(name: str) -> bool:
-    return "position" in name or name.endswith("wpe.weight")
+    return "position" in name or name.endswith(("wpe.weight", "embed_positions.weight"))

@@ -15,6 +15,7 @@ from backend.engines.ggml import F32, Tensor, op_name
 from backend.engines.gguf_nodes import Recorder, layer_of
 from backend.errors import LayerscopeError
 from backend.reports.model_graph import ModelGraph
+from tests.generic_models import save_generic, write_f32
 from tests.tiny_models import TinyModel
 
 Get = Callable[[str], TinyModel]
@@ -80,6 +81,20 @@ def test_sources_exist_and_come_first_and_every_weight_reaches_the_logits(kind: 
     # Keys and values reach the scores through the cache alone: without the edges through memory they would be missing here.
     assert {name for name, at in weights.items() if at not in needed} == set()
     assert any(node.kind == "input" and ("tokens" in node.name or "input_ids" in node.name) for node in graph.nodes if node.id in needed)
+
+
+@pytest.mark.parametrize("kind", ["falcon", "mamba", "jamba", "glm4"])
+def test_an_architecture_without_a_row_has_a_whole_graph_too(kind: str, tmp_path: Path):
+    folder = save_generic(kind, tmp_path / kind)
+    for path in (folder, write_f32(folder, tmp_path / f"{kind}.gguf")):
+        engine = open_engine(path)
+        graph = engine.graph()
+        engine.close()
+        last = max(node.id for node in graph.nodes if node.executed)
+        needed = ancestors(graph, last)
+        assert all(source < node.id for node in graph.nodes for source in (*node.sources, *node.after))
+        assert not [node.name for node in graph.nodes if node.kind == "weight" and node.id not in needed]
+        assert {node.layer for node in graph.nodes} == {None, *range(graph.n_layers)}
 
 
 @pytest.mark.parametrize("kind", PRODUCTS)

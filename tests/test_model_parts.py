@@ -13,6 +13,7 @@ from backend.reports.model_metadata import FIRST_ITEMS, TEXT_CHARACTERS, metadat
 from backend.reports.model_parts import layer_ranges, take_apart, type_layers
 from backend.weights import open_weights
 from components.model_facts import Facts
+from tests.generic_models import CONFIGS, ROWS, save_generic, write_f32
 from tests.gguf_cases import ARR, STR, Tensor, model_file, model_tensors
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +37,18 @@ def test_the_parts_are_the_whole_model_in_both_formats(kind: str, tiny_model):
         assert not {"other", "rest"} & {part.key for _, part in anatomy.parts}
         keys.append([(group.layers if group else None, part.key) for group, part in anatomy.parts])
     assert keys[0] == keys[1]
+
+
+@pytest.mark.parametrize("kind", sorted(CONFIGS))
+def test_architectures_without_a_row_are_taken_apart_by_the_names_in_their_files(kind: str, tmp_path: Path):
+    folder = save_generic(kind, tmp_path / kind)
+    for path in [folder, *([write_f32(folder, tmp_path / f"{kind}.gguf")] if kind in ROWS else [])]:
+        anatomy = take_apart(open_weights(path))
+        keys = {part.key for _, part in anatomy.parts}
+        assert not keys & {"other", "rest"} and "embedding" in keys and keys & {"attention", "ssm"}
+        assert ("ssm" in keys) == (kind in ("mamba", "jamba")) and sum(part.n_params for _, part in anatomy.parts) == describe(path).n_params
+        rope = [line for _, part in anatomy.parts if part.key == "attention" for line in facts_of(path).of("attention", None) if "RoPE θ" in line]
+        assert not rope or kind not in ("bloom", "mpt", "opt", "gpt_bigcode", "jamba", "mamba")
 
 
 def test_tied_parallel_and_mixed_models_are_seen_as_such(tiny_model):

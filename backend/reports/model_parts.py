@@ -16,7 +16,7 @@ from backend.weights import Weight, Weights
 
 # Parts of a block in the order of computation, then those outside; key -> title.
 BLOCK_PARTS = {
-    "norm1": "Norm before attention", "attention": "Attention", "norm1_post": "Norm after attention", "norm2": "Norm before MLP", "router": "Router",
+    "norm1": "Norm before attention", "attention": "Attention", "ssm": "State space", "norm1_post": "Norm after attention", "norm2": "Norm before MLP", "router": "Router",
     "experts": "Experts", "shared": "Shared expert", "mlp": "MLP", "norm2_post": "Norm after MLP", "other": "Other",
 }  # fmt: skip
 OUTER_PARTS = {"embedding": "Embedding", "final_norm": "Final norm", "unembedding": "Unembedding", "rest": "Other tensors"}
@@ -29,12 +29,17 @@ _CANONICAL = (
 )  # fmt: skip
 # Names inside a block as files have them, GGUF's first, for tensors without a canonical name.
 _NATIVE_BLOCK = (
-    (r".*(_shexp|shared_expert)", "shared"), (r".*(_exps|experts\.)", "experts"), (r"(ffn_gate_inp|exp_probs_b|mlp\.gate\.|mlp\.router)", "router"),
-    (r"(post_attention_norm|attn_post_norm)", "norm1_post"), (r"(post_ffw_norm|ffn_post_norm|layer_out_norm)", "norm2_post"),
-    (r"(attn_norm|input_layernorm|ln_1)", "norm1"), (r"(ffn_norm|ln_2)", "norm2"), (r"(attn|self_attn|attention|rope)", "attention"), (r"(ffn|mlp)", "mlp"),
+    (r".*(_shexp|shared_expert)", "shared"), (r".*(_exps|experts\.|moe\.(input|output)_linear)", "experts"),
+    (r"(ffn_gate_inp|exp_probs_b|.*\brouter\.|(mlp|block_sparse_moe)\.gate\.)", "router"),
+    (r"(post_attention_norm|attn_post_norm|post_self_attn_layernorm)", "norm1_post"), (r"(post_ffw_norm|ffn_post_norm|layer_out_norm|post_mlp_layernorm)", "norm2_post"),
+    (r"(attn_norm|input_layernorm|ln_1|ln_attn|norm_1|self_attn_layer_norm|norm\.)", "norm1"),
+    (r"(ffn_norm|ln_2|ln_mlp|norm_2|final_layer_norm|post_attention_layernorm|pre_(ff|feedforward)_layernorm)", "norm2"),
+    (r"(ssm_|mamba\.|mixer\.)", "ssm"), (r"(attn|self_attn|attention|self_attention|rope)", "attention"), (r"(ffn|mlp|fc[12]\.|feed_forward)", "mlp"),
 )  # fmt: skip
-_NATIVE_OUTER = ((r".*(embd|embed|wte|wpe)", "embedding"), (r"(output_norm|.*\bnorm\.|.*ln_f)", "final_norm"), (r"(output|lm_head)", "unembedding"))
-_LAYER = re.compile(r"(?:^blk|(?:^|\.)layers|(?:^|\.)h)\.(\d{1,6})\.")
+_NATIVE_OUTER = (
+    (r"(output_norm|.*\bnorm\.|.*(ln_f|norm_f|final_layer_?norm))", "final_norm"), (r"(output\b|lm_head|embed_out)", "unembedding"), (r".*(embd|embed|wte|wpe)", "embedding"),
+)  # fmt: skip
+_LAYER = re.compile(r"(?:^blk|(?:^|\.)(?:layers|h|blocks))\.(\d{1,6})\.")
 
 
 @dataclass(frozen=True)
@@ -178,8 +183,9 @@ def _groups(blocks: dict[int, dict[str, list[Stored]]]) -> list[BlockGroup]:
         alike.setdefault(tuple(sorted((tensor.suffix, tensor.shape) for tensors in blocks[layer].values() for tensor in tensors)), []).append(layer)
     groups = []
     for layers in alike.values():
+        mixer = "state space" if any("ssm" in blocks[layer] for layer in layers) else ""
         parts = [
-            Part(key, title, tuple(tensor for layer in layers for tensor in blocks[layer].get(key, ())))
+            Part(key, title.replace("attention", mixer or "attention"), tuple(tensor for layer in layers for tensor in blocks[layer].get(key, ())))
             for key, title in BLOCK_PARTS.items() if any(key in blocks[layer] for layer in layers)
         ]  # fmt: skip
         groups.append(BlockGroup(tuple(layers), tuple(parts)))

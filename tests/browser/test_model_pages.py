@@ -197,6 +197,10 @@ def test_the_parts_are_those_of_the_header_and_a_click_shows_their_tensors(serve
     shown = {row.split("\t")[0]: row.split("\t")[1] for row in page.locator("#arch-tensors tbody tr").all_inner_texts()}
     assert shown == {name: " × ".join(f"{n:,}" for n in tensors[name].shape) for name in tensors if name.startswith("blk.0.ffn_") and "norm" not in name}
     assert parse_qs(urlparse(page.url).query)["part"] == ["block0.mlp"]
+    links = page.eval_on_selector_all("#arch-tensors a", "links => links.map(link => link.href)")
+    assert {(urlparse(link).path, parse_qs(urlparse(link).query)["model"][0], parse_qs(urlparse(link).query)["tensor"][0]) for link in links} == {
+        ("/weights", "tiny.gguf", name) for name in shown
+    }
     page.locator("#arch-search").fill("block_count")
     page.wait_for_function("() => document.querySelectorAll('#arch-metadata tbody tr').length === 1")
     assert page.locator("#arch-metadata tbody tr").inner_text().split("\t") == ["llama.block_count", "uint32", "3"]
