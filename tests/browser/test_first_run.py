@@ -15,10 +15,9 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("playwright.sync_api")
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, expect
 
 ROOT = Path(__file__).parent.parent.parent
-CHROMIUM = "/usr/bin/chromium"
 MODEL = "demo-dense"
 JOB_MS = 240_000  # the first run imports torch; on a busy machine that alone takes a minute
 
@@ -26,7 +25,6 @@ expect.set_options(timeout=40_000)  # on two busy cores a page may take long; no
 
 pytestmark = [
     pytest.mark.browser,
-    pytest.mark.skipif(not Path(CHROMIUM).exists(), reason=f"needs Chromium at {CHROMIUM}"),
     pytest.mark.skipif(not (ROOT / "models" / MODEL / "model.safetensors").exists(), reason=f"needs the demo model {MODEL}"),
 ]
 
@@ -47,14 +45,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(15)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as driver:
-        launched = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield launched
-        launched.close()
 
 
 @pytest.fixture

@@ -32,11 +32,6 @@ WAIT_MS = 100_000  # generous: other tests share the machine
 HOSTILE = '<img src=x onerror="window.__x=1"><a href="javascript:window.__x=1">%{x}</a>'
 
 
-@pytest.fixture(scope="session")
-def browser_type_launch_args() -> dict:
-    return {"executable_path": "/usr/bin/chromium", "args": ["--no-sandbox"]}
-
-
 @pytest.fixture(scope="module")
 def server(tiny_llama: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Trace, ModelGraph]]:
     """A running server: (address, a trace of the tiny GGUF file, the graph of that file as this process records it)."""

@@ -26,11 +26,6 @@ PROMPT = "Mary gave the <b>book</b> to John"
 WAIT_MS = 100_000  # generous: other tests share the machine
 
 
-@pytest.fixture(scope="session")
-def browser_type_launch_args() -> dict:
-    return {"executable_path": "/usr/bin/chromium", "args": ["--no-sandbox"]}
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """A running server whose shelf holds tiny.hf, tiny-f32.gguf and tiny-q4_0.gguf: (address, the folder)."""

@@ -28,11 +28,6 @@ PROMPT = "Mary gave the book to John. <b>Mary</b> gave the book"
 WAIT_MS = 100_000  # generous: other tests share the machine
 
 
-@pytest.fixture(scope="session")
-def browser_type_launch_args() -> dict:
-    return {"executable_path": "/usr/bin/chromium", "args": ["--no-sandbox"]}
-
-
 @pytest.fixture(scope="module")
 def server(tiny_mistral: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Trace, TinyModel]]:
     """A running server with one trace on its shelf: (address, the trace, the model)."""

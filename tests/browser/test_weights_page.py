@@ -23,11 +23,6 @@ ROOT = Path(__file__).parent.parent.parent
 WAIT_MS = 100_000  # generous: other tests share the machine
 
 
-@pytest.fixture(scope="session")
-def browser_type_launch_args() -> dict:
-    return {"executable_path": "/usr/bin/chromium", "args": ["--no-sandbox"]}
-
-
 @pytest.fixture(scope="module")
 def server(tiny_mixtral: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str, Weights]]:
     """A running server with a mixture of experts as GGUF on its shelf: (address, the model's name, its weights)."""
@@ -71,6 +66,18 @@ def drawn(page, graph: str) -> np.ndarray:
     return np.array(rows, np.float32)
 
 
+def resting_box(page, graph: str) -> dict[str, float]:
+    """The plotting area of a graph in the middle of the window, once nothing above it grows any more."""
+    before: dict[str, float] | None = None
+    while True:
+        page.evaluate(f"() => document.querySelector('{graph}').scrollIntoView({{ block: 'center', behavior: 'instant' }})")
+        page.wait_for_timeout(500)
+        box = page.locator(f"{graph} .nsewdrag").bounding_box()
+        if box == before:
+            return box
+        before = box
+
+
 def query_of(page) -> dict[str, str]:
     return {key: values[0] for key, values in parse_qs(urlparse(page.url).query).items()}
 
@@ -111,8 +118,7 @@ def test_the_matrix_is_that_of_the_file_whole_and_zoomed_and_the_link_keeps_the_
     page = visit(tensor="blocks.1.mlp.experts.W_out", index=3)
     page.wait_for_function("() => document.querySelector('#weights-map-facts').textContent.startsWith('All 64 rows and 48 columns')")
     assert np.array_equal(drawn(page, "weights-map"), values[3])
-    page.evaluate("() => document.querySelector('#weights-map').scrollIntoView({ block: 'center' })")
-    box = page.locator("#weights-map .nsewdrag").bounding_box()
+    box = resting_box(page, "#weights-map")
     corners = [(box["x"] + box["width"] * (column + 0.5) / 48, box["y"] + box["height"] * (row + 0.5) / 64) for row, column in ((9.8, 3.8), (40.2, 20.2))]
     page.mouse.move(*corners[0])
     page.mouse.down()
