@@ -78,8 +78,9 @@ def hf_folder(sizes: Sizes = BASE) -> Path:
 
 def gguf_file(sizes: Sizes = BASE) -> Path:
     """The same weights as a Q8_0 GGUF file, quantized by llama.cpp, made on first use."""
-    from backend.files.demo import VARIANTS, _quantize
+    from backend.files.demo import VARIANTS
     from backend.files.gguf_writer import write_gguf
+    from backend.files.quantizer import run_quantizer
 
     out = FOLDER / f"{_name(sizes)}-q8_0.gguf"
     if out.is_file():
@@ -90,7 +91,7 @@ def gguf_file(sizes: Sizes = BASE) -> Path:
     assert q8_0 is not None
     try:
         write_gguf(folder, f16, ftype="f16")
-        _quantize(f16, part, q8_0)
+        run_quantizer(f16, part, q8_0)
         part.rename(out)
     finally:
         f16.unlink(missing_ok=True)
