@@ -1,7 +1,21 @@
 /* The head grid: click or arrow keys choose a head; the store "chosen-head", the pickers and the grid stay equal. */
 (function () {
     const grid = () => document.getElementById("head-grid");
-    const choose = (layer, head) => window.dash_clientside.set_props("chosen-head", { data: { layer, head } });
+    // Marked at once: a key that follows before Dash has answered must step from here.
+    const mark = (layer, head) => {
+        for (const cell of grid() ? grid().querySelectorAll(".head") : []) {
+            const is = Number(cell.dataset.layer) === layer && Number(cell.dataset.head) === head;
+            cell.classList.toggle("chosen", is);
+            cell.setAttribute("aria-selected", String(is));
+        }
+        for (const row of document.querySelectorAll("tr[data-layer][data-head]")) {
+            row.classList.toggle("chosen", Number(row.dataset.layer) === layer && Number(row.dataset.head) === head);
+        }
+    };
+    const choose = (layer, head) => {
+        mark(layer, head);
+        window.dash_clientside.set_props("chosen-head", { data: { layer, head } });
+    };
 
     document.addEventListener("click", (event) => {
         const cell = event.target.closest("[data-layer][data-head]");
@@ -31,14 +45,7 @@
             const fromPicker = by.length > 0 && !by.includes("chosen-head");
             const now = fromPicker ? { layer, head } : chosen;
             if (!now) return [no, no, no];
-            for (const cell of grid() ? grid().querySelectorAll(".head") : []) {
-                const is = Number(cell.dataset.layer) === now.layer && Number(cell.dataset.head) === now.head;
-                cell.classList.toggle("chosen", is);
-                cell.setAttribute("aria-selected", String(is));
-            }
-            for (const row of document.querySelectorAll("tr[data-layer][data-head]")) {
-                row.classList.toggle("chosen", Number(row.dataset.layer) === now.layer && Number(row.dataset.head) === now.head);
-            }
+            mark(now.layer, now.head);
             return fromPicker ? [now, no, no] : [no, now.layer === layer ? no : now.layer, now.head === head ? no : now.head];
         },
     });
