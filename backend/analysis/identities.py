@@ -334,21 +334,20 @@ def _largest(values: Array) -> float:
     """max|x| as a float, 0 of nothing; NaN counts as infinite so that no comparison with a tolerance can pass."""
     if not values.size:
         return 0.0
-    top = float(np.abs(values).max())
+    top = max(abs(float(values.max())), abs(float(values.min())))  # two passes that need no copy, unlike np.abs
     return float("inf") if np.isnan(top) else top
 
 
 def _largest_beyond_diagonal(pattern: Array, start: int) -> float:
     """The largest |value| at a key after its query. Blocks of rows: beyond a block's last query is a rectangle, which is read fast."""
-    n, n_keys = pattern.shape[1:]
+    n = pattern.shape[1]
+    later = np.arange(_BLOCK) > np.arange(_BLOCK)[:, None]
     top = 0.0
     for first in range(0, n, _BLOCK):
         rows = slice(first, min(first + _BLOCK, n))
-        corner = start + rows.start
-        top = max(top, _largest(pattern[:, rows, start + rows.stop :]))
-        within = pattern[:, rows, corner : start + rows.stop]
-        later = np.arange(within.shape[2]) > np.arange(within.shape[1])[:, None]
-        top = max(top, _largest(within[:, later]))
+        within = pattern[:, rows, start + rows.start : start + rows.stop]
+        for part in (pattern[:, rows, start + rows.stop :], np.where(later[: within.shape[1], : within.shape[2]], within, 0)):
+            top = max(top, _largest(part))
     return top
 
 

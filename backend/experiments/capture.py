@@ -33,6 +33,7 @@ from backend.intervention import Intervention, edits_by_place
 from backend.notes import notes
 from backend.prompt_text import check_label
 from backend.sites import ALL_SITES, NATIVE, SITES, STANDARD_SITES, resolve_sites, split_native
+from backend.tracefile.half_precision import to_float16
 from backend.tracefile.trace_writer import TraceWriter
 
 TOP_K = 20
@@ -182,7 +183,7 @@ class _Run:
         thumbs = self.thumbs.setdefault(layer, _blank_thumbnails(self._n_heads, len(self.ids)))
         self._heads[layer] = list(piece.heads or range(self._n_heads))
         painted = thumbs[self._heads[layer]]
-        attention_analysis.add_to_thumbnails(painted, piece.values, piece.start, len(self.ids), THUMBNAIL_SIZE)
+        attention_analysis.add_to_thumbnails(painted, to_float16(piece.values), piece.start, len(self.ids), THUMBNAIL_SIZE)
         thumbs[self._heads[layer]] = painted
 
     def predictions(self) -> dict[str, NDArray[Any]]:

@@ -13,6 +13,7 @@ Fletcher-32: a flipped bit is an error on reading.
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 import os
 import threading
@@ -60,8 +61,14 @@ def create(file: h5py.File, path: str, shape: tuple[int, ...], dtype: np.dtype[A
 def encode(values: NDArray[Any]) -> bytes:
     """The bytes of one chunk, a contiguous array of the chunk's full shape."""
     if not hasattr(_local, "compressor"):
-        _local.compressor = zstandard.ZstdCompressor(level=_LEVEL, write_checksum=True)
+        _local.compressor = zstandard.ZstdCompressor(compression_params=_parameters())
     return _local.compressor.compress(_shuffled(values))
+
+
+@functools.cache
+def _parameters() -> zstandard.ZstdCompressionParameters:
+    """Level 1 that looks for long repetitions only. What can be saved in activations is the entropy of their high bytes; short repetitions are chance."""
+    return zstandard.ZstdCompressionParameters.from_level(_LEVEL, min_match=7, hash_log=8, write_checksum=1)
 
 
 def _shuffled(values: NDArray[Any]) -> NDArray[np.uint8]:
