@@ -260,4 +260,19 @@ def default_threads() -> int:
     return max(1, len(os.sched_getaffinity(0)))
 
 
+_FEW_CORES = 4
+_SPINS = "300"
+
+
+def let_waiting_threads_sleep() -> None:
+    """Where cores are few, let the threads of ggml and PyTorch give theirs up soon when they wait for each other (libgomp's GOMP_SPINCOUNT).
+
+    A capture computes beside the engine, which has a thread a core. By default a thread that waits at a barrier for one that was
+    displaced keeps its core busy for milliseconds, so two cores did the work of one. To be called before either library is
+    loaded; what the user has set stays.
+    """
+    if default_threads() <= _FEW_CORES and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
+
+
 SiteTable = Mapping[str, Any]

@@ -28,7 +28,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backend.engines import DEFAULT_CONTEXT, GRAPH_TOKENS, WHOLE_LIMIT, OpenOptions, Request, Sampling, ShouldStop, Sink, check_edits, check_request, never_stop, no_sink
+from backend.engines import (
+    DEFAULT_CONTEXT,
+    GRAPH_TOKENS,
+    WHOLE_LIMIT,
+    OpenOptions,
+    Request,
+    Sampling,
+    ShouldStop,
+    Sink,
+    check_edits,
+    check_request,
+    let_waiting_threads_sleep,
+    never_stop,
+    no_sink,
+)
 from backend.engines.hf_generic import NO_UNEMBED, Generic, find
 from backend.engines.hf_graph import EDGES, Recorder
 from backend.engines.hf_native import Natives, listed
@@ -54,6 +68,7 @@ class HfEngine:
     """One loaded model of a Hugging Face folder; see backend.engines.Engine for what each method promises."""
 
     def __init__(self, path: Path, options: OpenOptions = OpenOptions()) -> None:
+        let_waiting_threads_sleep()
         import torch
         import transformers
 

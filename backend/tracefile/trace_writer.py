@@ -51,6 +51,7 @@ class TraceWriter:
         self._float, self._rows = np.dtype(precision), rows
         self._open = True
         self._datasets: dict[str, h5py.Dataset] = {}
+        self._layouts: dict[str, tuple[tuple[int, ...], float]] = {}  # chunk shape and fill value of each: asking HDF5 takes longer
         self._wide: set[str] = set()  # paths of what float16 cannot hold
         self._through_hdf5: set[str] = set()  # paths of chunked datasets that HDF5 itself wrote to
         self._encoder = Encoder()
@@ -93,7 +94,8 @@ class TraceWriter:
         dataset, is_map = self._datasets[path], SITES[piece.site].is_attention_map
         axis = 1 if is_map else 0
         heads = piece.heads or range(self.info.n_heads)
-        step, stop = dataset.chunks[axis], piece.start + values.shape[axis]
+        chunk, fill = self._layouts[path]
+        step, stop = chunk[axis], piece.start + values.shape[axis]
         if piece.start % step or (stop % step and stop != self.n_tokens):
             self._through_hdf5.add(path)
             if is_map:
@@ -104,11 +106,11 @@ class TraceWriter:
             return
         if values is piece.values:
             values = values.copy()  # float32 and integers are stored as they came, and what came is only lent
-        for offset, chunk in tiles(values, dataset.chunks, dataset.fillvalue):
+        for offset, tile in tiles(values, chunk, fill):
             at = list(offset)
             at[axis] += piece.start
             at[0] = heads[at[0]] if is_map else at[0]
-            self._encoder.put(dataset, path, tuple(at), chunk)
+            self._encoder.put(dataset, path, tuple(at), tile)
 
     def flush(self) -> None:
         """Bring everything that was written into the file, so that it can be read back."""
@@ -139,7 +141,9 @@ class TraceWriter:
         if site.is_attention_map and (piece.heads is not None or self._rows is not None):
             first, last = self._rows or (0, n)
             attrs["kept"] = json.dumps({"heads": list(piece.heads or range(self.info.n_heads)), "rows": [first, last]})
-        return create(self._file, path, shape, dtype, chunk_shape(site.dims, shape, dtype.itemsize, piece.heads is not None), fill, attrs)
+        chunk = chunk_shape(site.dims, shape, dtype.itemsize, piece.heads is not None)
+        self._layouts[path] = chunk, fill
+        return create(self._file, path, shape, dtype, chunk, fill, attrs)
 
     def _widen(self, path: str) -> None:
         """Replace a float16 dataset by a float32 one when a later piece brings values that float16 cannot hold."""
