@@ -185,15 +185,15 @@ def counts(pieces: Iterable[NDArray[np.float32]], found: Moments, floor: float, 
 
 
 class _Binner:
-    """Counts n values into bins: a sparse (bin, value) matrix with a 1 where the value lies in the bin, times a vector of ones.
+    """Counts n values into bins: a sparse matrix of one column with a 1 in the row of each value's bin, times 1, adds up the rows' ones.
 
-    So np.bincount, which takes twice as long and lets no other thread run for the greater part of it.
+    So np.bincount, which takes half as long again and lets no other thread run for the greater part of it.
     """
 
     def __init__(self, n: int) -> None:
         self.scaled = np.empty(n, np.float32)
-        self._ones = np.ones(n, np.float32)
-        self._matrix = csc_array((self._ones, np.zeros(n, np.int32), np.arange(n + 1, dtype=np.int32)), shape=(N_BINS, n))
+        self._one = np.ones(1, np.int32)
+        self._matrix = csc_array((np.ones(n, np.int32), np.zeros(n, np.int32), np.array([0, n], np.int32)), shape=(N_BINS, 1))
 
     def count(self, values: NDArray[np.float32], scale: np.float32) -> NDArray[np.int64]:
         t = np.multiply(values, scale, out=self.scaled)
@@ -201,7 +201,7 @@ class _Binner:
         t += N_BINS // 2
         np.clip(t, 0, N_BINS - 1, out=t)  # a file that changes between the two passes must not write outside the bins
         np.copyto(self._matrix.indices, t, casting="unsafe")
-        return (self._matrix @ self._ones).astype(np.int64)
+        return (self._matrix @ self._one).astype(np.int64)
 
 
 def largest_floor(peaks: Sequence[float]) -> float:
