@@ -16,143 +16,31 @@ Under them both formats give the same numbers: rows that the converter to GGUF r
 again, fused matrices are taken apart, and a norm's w is what it multiplies with, also where the checkpoint keeps w - 1. The file's own
 names are accepted as well and give the tensor as it is stored. Tied embeddings appear under both names.
 
-Files are read with pread and never mapped, so a file that shrinks meanwhile is an error and not a crash.
+Where the values lie in the files, and how they are read, is in weight_rows.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from backend.errors import LayerscopeError
 from backend.files.gguf_header import GgufHeader, TensorInfo, model_info, read_header
-from backend.files.hf_config import TensorEntry, check_folder
+from backend.files.hf_config import check_folder
+from backend.files.safetensors_header import TensorEntry
 from backend.model_info import ModelInfo
 from backend.weight_names import EACH, GGUF_NAMES, HF_NAMES, ROTARY_INTERLEAVED, Names, Stored, section_rows
+from backend.weight_rows import Columns, EveryNth, FileRows, Rows, StackedRows
 
 # Values read at a time where a tensor is read from end to end: few enough that they and their double-precision copies stay near the cores.
 PIECE = 1 << 17
 PIECE_UNIT = 256  # the longest block of any quantized type
-_FLOATS: dict[str, type[np.generic]] = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
-
-
-class _Rows(Protocol):
-    """The innermost axis of a stored tensor, row by row."""
-
-    def read(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Rows of the given numbers, (len(rows), columns)."""
-
-
-@dataclass(frozen=True)
-class _FileRows:
-    """Rows that lie one after the other in a file. `type_id`: ggml's type, None for a plain float named by `dtype`."""
-
-    path: Path
-    offset: int
-    columns: int
-    row_bytes: int
-    dtype: str
-    type_id: int | None = None
-
-    def read(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        breaks = np.flatnonzero(np.diff(rows) != 1) + 1
-        runs = [(int(run[0]), len(run)) for run in np.split(rows, breaks) if len(run)]
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            data = [_read_exactly(descriptor, self.path, self.offset + first * self.row_bytes, n * self.row_bytes) for first, n in runs]
-        finally:
-            os.close(descriptor)
-        return self._decode(data[0] if len(data) == 1 else b"".join(data))
-
-    def _decode(self, data: bytes) -> NDArray[np.float32]:
-        if self.dtype in _FLOATS:
-            return np.frombuffer(data, _FLOATS[self.dtype]).reshape(-1, self.columns).astype(np.float32)
-        if self.dtype == "BF16":
-            return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(-1, self.columns)
-        if self.type_id is None:
-            raise LayerscopeError(f"{self.path.name} stores weights as {self.dtype}, which cannot be read; F16, BF16, F32 and F64 can.")
-        from backend.engines.ggml import dequantize  # libggml-base alone, and only where a weight is quantized
-
-        return dequantize(self.type_id, data, len(data) // self.row_bytes * self.columns).reshape(-1, self.columns)
-
-    @property
-    def why_unreadable(self) -> str | None:
-        """See Weight.why_unreadable."""
-        if self.dtype in _FLOATS or self.dtype == "BF16":
-            return None
-        if self.type_id is None:
-            return f"{self.path.name} stores weights as {self.dtype}, which cannot be read; F16, BF16, F32 and F64 can."
-        from backend.engines.ggml import can_dequantize
-
-        return None if can_dequantize(self.type_id) else f"{self.path.name} stores a tensor as {self.dtype}, which ggml cannot convert to float32."
-
-    def pieces(self, start: int, stop: int, most: int) -> Iterator[NDArray[np.float32]]:
-        """See Weight.pieces."""
-        from backend.engines.ggml import dequantize
-
-        type_id = None if self.dtype in _FLOATS or self.dtype == "BF16" else self.type_id
-        single = self if type_id is not None or not self.columns else replace(self, columns=1, row_bytes=self.row_bytes // self.columns)
-        buffer = np.empty(min(most, max(stop - start, 0)), np.float32)
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            for at in range(start, stop, most):
-                n = min(most, stop - at)
-                first, n_bytes = at * self.row_bytes // self.columns, n * self.row_bytes // self.columns
-                data = _read_exactly(descriptor, self.path, self.offset + first, n_bytes)
-                yield single._decode(data).reshape(-1) if type_id is None else dequantize(type_id, data, n, buffer[:n])
-        finally:
-            os.close(descriptor)
-
-
-@dataclass(frozen=True)
-class _StackedRows:
-    """Equal matrices, such as the experts of one layer, one after the other."""
-
-    parts: tuple[_FileRows, ...]
-    rows_each: int
-
-    def read(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        out = np.empty((len(rows), self.parts[0].columns), np.float32)
-        owner = rows // self.rows_each
-        for part in np.unique(owner):
-            out[owner == part] = self.parts[part].read(rows[owner == part] % self.rows_each)
-        return out
-
-
-@dataclass(frozen=True)
-class _Columns:
-    """The columns of stored matrices of `n_rows` x `n_columns`, for tensors that lie (in, out). A matrix is read whole whichever of them are asked for."""
-
-    stored: _Rows
-    n_rows: int
-    n_columns: int
-
-    def read(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        out = np.empty((len(rows), self.n_rows), np.float32)
-        owner, column = rows // self.n_columns, rows % self.n_columns
-        for matrix in np.unique(owner):
-            mine = owner == matrix
-            out[mine] = self.stored.read(matrix * self.n_rows + np.arange(self.n_rows, dtype=np.int64))[:, column[mine]].T
-        return out
-
-
-@dataclass(frozen=True)
-class _EveryNth:
-    """Rows with every n-th of their columns from the i-th, for matrices that lie interleaved."""
-
-    stored: _Rows
-    step: tuple[int, int]
-
-    def read(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        i, n = self.step
-        return np.ascontiguousarray(self.stored.read(rows)[:, i::n])
 
 
 @dataclass(frozen=True)
@@ -167,7 +55,7 @@ class Weight:
     shape: tuple[int, ...]
     dtype: str
     nbytes: int
-    rows: _Rows
+    rows: Rows
     row_order: NDArray[np.int64] | None = None
     plus: float = 0.0
 
@@ -195,14 +83,14 @@ class Weight:
     @property
     def why_unreadable(self) -> str | None:
         """Why a tensor under its native name has no values as float32 (it holds integers, or a type that nothing here reads); None: it has."""
-        return self.rows.why_unreadable if isinstance(self.rows, _FileRows) else None
+        return self.rows.why_unreadable if isinstance(self.rows, FileRows) else None
 
     def pieces(self, start: int = 0, stop: int | None = None, most: int = PIECE) -> Iterator[NDArray[np.float32]]:
         """The values `start` to `stop` of a tensor under its native name, flat, in the order of the file, at most `most` at a time.
 
         `start` and `most` are multiples of PIECE_UNIT. A piece is good until the next one is asked for: both may be the same memory.
         """
-        if not isinstance(self.rows, _FileRows):
+        if not isinstance(self.rows, FileRows):
             raise LayerscopeError(f"{self.name} is made from what the file stores; its pieces are those of {self.native[0]}.")
         if start % PIECE_UNIT or most % PIECE_UNIT:
             raise ValueError(f"pieces begin at multiples of {PIECE_UNIT}, not at {start} in steps of {most}")
@@ -283,9 +171,9 @@ def _open_gguf(header: GgufHeader, info: ModelInfo) -> Weights:
     return Weights(info, canonical, native)
 
 
-def _gguf_rows(tensor: TensorInfo) -> _FileRows:
+def _gguf_rows(tensor: TensorInfo) -> FileRows:
     n_rows = math.prod(tensor.shape[:-1])
-    return _FileRows(tensor.path, tensor.offset, tensor.shape[-1], tensor.nbytes // n_rows, tensor.type_name, tensor.type_id)
+    return FileRows(tensor.path, tensor.offset, tensor.shape[-1], tensor.nbytes // n_rows, tensor.type_name, tensor.type_id)
 
 
 def _row_order(name: str, n_rows: int, info: ModelInfo) -> NDArray[np.int64] | None:
@@ -326,9 +214,9 @@ def _canonical(name: str, weight: Weight, stored: Stored, info: ModelInfo) -> We
     shape, rows, nbytes = weight.shape, weight.rows, weight.nbytes
     if stored.step:
         i, n = stored.step
-        shape, rows, nbytes = (*shape[:-1], len(range(i, shape[-1], n))), _EveryNth(rows, stored.step), nbytes // n
+        shape, rows, nbytes = (*shape[:-1], len(range(i, shape[-1], n))), EveryNth(rows, stored.step), nbytes // n
     if stored.transposed:
-        shape, rows = (*shape[:-2], shape[-1], shape[-2]), _Columns(rows, shape[-2], shape[-1])
+        shape, rows = (*shape[:-2], shape[-1], shape[-2]), Columns(rows, shape[-2], shape[-1])
     if stored.flat:
         shape = (math.prod(shape[:-1]), shape[-1])
     if not stored.section:
@@ -341,7 +229,7 @@ def _canonical(name: str, weight: Weight, stored: Stored, info: ModelInfo) -> We
 def _safetensors_weight(shard: Path, name: str, entry: TensorEntry) -> Weight:
     columns = entry.shape[-1] if entry.shape else 1
     n_rows, n_bytes = math.prod(entry.shape[:-1]), entry.stop - entry.start
-    rows = _FileRows(shard, entry.start, columns, n_bytes // max(n_rows, 1), entry.dtype)
+    rows = FileRows(shard, entry.start, columns, n_bytes // max(n_rows, 1), entry.dtype)
     return Weight(name, (name,), entry.shape or (1,), entry.dtype, n_bytes, rows)
 
 
@@ -354,7 +242,7 @@ def _stack(native: Mapping[str, Weight], stored: str, mark: str, info: ModelInfo
     if len(parts) != n or len({(part.shape, part.dtype) for part in parts}) > 1:
         raise LayerscopeError(f"{info.name} has {len(parts)} of {n} equal {what}s for {name}.")
     first = parts[0]
-    rows = _StackedRows(tuple(part.rows for part in parts if isinstance(part.rows, _FileRows)), math.prod(first.shape[:-1]))
+    rows = StackedRows(tuple(part.rows for part in parts if isinstance(part.rows, FileRows)), math.prod(first.shape[:-1]))
     return Weight(name, tuple(part.name for part in parts), (len(parts), *first.shape), first.dtype, sum(part.nbytes for part in parts), rows)
 
 
@@ -392,12 +280,3 @@ def _full_index(key: Any, shape: tuple[int, ...]) -> tuple[Any, ...]:
     return tuple(parts)
 
 
-def _read_exactly(descriptor: int, path: Path, offset: int, n: int) -> bytes:
-    chunks: list[bytes] = []
-    while n:
-        chunk = os.pread(descriptor, min(n, 1 << 30), offset)
-        if not chunk:
-            raise LayerscopeError(f"{path.name} became shorter while it was read: byte {offset:,} is gone.")
-        chunks.append(chunk)
-        offset, n = offset + len(chunk), n - len(chunk)
-    return chunks[0] if len(chunks) == 1 else b"".join(chunks)

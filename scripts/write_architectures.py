@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from backend.engines import Engine, OpenOptions, open_engine  # noqa: E402
-from backend.files.hf_config import ARCHITECTURES  # noqa: E402
+from backend.files.hf_keys import ARCHITECTURES  # noqa: E402
 from backend.sites import SITES  # noqa: E402
 from tests.test_engines_agree import IDS, KINDS, NMSE, nmse  # noqa: E402
 from tests.test_hf_engine import capture  # noqa: E402

@@ -19,7 +19,7 @@ import pytest
 from backend.engines import Engine, OpenOptions, Request, Sampling, open_engine
 from backend.errors import LayerscopeError
 from backend.experiments.capture import CaptureSpec, capture
-from backend.files.hf_config import safetensors_header
+from backend.files.safetensors_header import safetensors_header
 from backend.intervention import Intervention
 from backend.model_files import describe
 from backend.trace import open_trace

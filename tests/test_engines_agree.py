@@ -17,7 +17,7 @@ from backend.engines import Engine, OpenOptions, Piece, Request, Sampling, open_
 from backend.engines.gguf import GgufEngine
 from backend.engines.hf import HfEngine
 from backend.experiments.capture import _weight_or_none
-from backend.files import hf_config
+from backend.files import hf_keys
 from backend.intervention import Intervention
 from backend.sites import SITES
 from backend.weights import open_weights
@@ -65,7 +65,7 @@ def nmse(actual: NDArray[Any], expected: NDArray[Any]) -> float:
 
 def test_every_architecture_is_held_to_the_contract() -> None:
     header = (Path(__file__).parent.parent / "docs" / "architectures.md").read_text().split("| site | ")[1].splitlines()[0]
-    assert set(map(architecture_of, KINDS)) == set(hf_config.ARCHITECTURES) == set(map(architecture_of, header.removesuffix(" |").split(" | ")))
+    assert set(map(architecture_of, KINDS)) == set(hf_keys.ARCHITECTURES) == set(map(architecture_of, header.removesuffix(" |").split(" | ")))
 
 
 def test_both_engines_offer_the_same_sites(pair: tuple[Engine, Engine]) -> None:

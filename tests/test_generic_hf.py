@@ -20,7 +20,7 @@ from backend.engines.hf_taps import TAP
 from backend.errors import LayerscopeError
 from backend.experiments.capture import CaptureSpec
 from backend.experiments.capture import capture as capture_trace
-from backend.files import hf_config
+from backend.files import hf_config, hf_keys
 from backend.files.hf_types import GENERIC_TYPES, NOT_SERVED
 from backend.intervention import Intervention
 from backend.trace import Trace
@@ -103,8 +103,8 @@ def test_every_causal_language_model_of_transformers_is_served_or_refused_by_nam
     from transformers.models.auto import modeling_auto as auto
 
     names = set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-    assert names == GENERIC_TYPES | NOT_SERVED | set(hf_config.ARCHITECTURES)
-    assert not GENERIC_TYPES & NOT_SERVED and not NOT_SERVED & set(hf_config.ARCHITECTURES)
+    assert names == GENERIC_TYPES | NOT_SERVED | set(hf_keys.ARCHITECTURES)
+    assert not GENERIC_TYPES & NOT_SERVED and not NOT_SERVED & set(hf_keys.ARCHITECTURES)
     encoders = set(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES) | set(auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
     of_images = set(auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES) | set(auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES)
     assert not GENERIC_TYPES & (encoders | of_images)

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 
 from backend.engines import hf_sites
 from backend.errors import LayerscopeError
-from backend.files.hf_config import ARCHITECTURES, HEADER_LIMIT, check_folder, model_info, safetensors_header
+from backend.files.hf_config import check_folder, model_info
+from backend.files.hf_keys import ARCHITECTURES
+from backend.files.safetensors_header import HEADER_LIMIT, safetensors_header
 from tests.tiny_models import TinyModel
 
 ONE_TENSOR = {"w": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}

@@ -22,7 +22,7 @@ from backend.engines.hf import HfEngine
 from backend.errors import LayerscopeError
 from backend.experiments.capture import CaptureSpec, capture
 from backend.files.gguf_format import read_file
-from backend.files.hf_config import safetensors_header
+from backend.files.safetensors_header import safetensors_header
 from backend.library import Library
 from backend.trace import open_trace
 from components.services import SERVER_KEY

@@ -106,9 +106,9 @@ def test_a_gguf_file_that_is_no_decoder_is_refused_as_what_it_is(tmp_path: Path,
 
 def test_no_architecture_that_can_be_run_is_called_something_else() -> None:
     from backend.engines import gguf_sites
-    from backend.files import hf_config
+    from backend.files import hf_keys
 
-    assert not set(GGUF_KINDS) & set(gguf_sites.ARCHITECTURES) and not set(HF_KINDS) & set(hf_config.ARCHITECTURES)
+    assert not set(GGUF_KINDS) & set(gguf_sites.ARCHITECTURES) and not set(HF_KINDS) & set(hf_keys.ARCHITECTURES)
     encoders = {name for name in gguf.MODEL_ARCH_NAMES.values() if "bert" in name or name.endswith(("-embedding", "-embed", "-dec", "encoder"))}
     assert encoders and encoders <= set(GGUF_KINDS)
 

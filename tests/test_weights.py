@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from backend import weights as weights_module
+from backend import weight_rows
 from backend.engines.ggml import open_llama
 from backend.errors import LayerscopeError
 from backend.weights import open_weights
@@ -103,8 +103,8 @@ def test_slices_are_numpys(tiny_mixtral: TinyModel, tiny_llama: TinyModel) -> No
 
 def test_only_the_rows_that_are_asked_for_are_read(tiny_mixtral: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     read = []
-    genuine = weights_module._read_exactly
-    monkeypatch.setattr(weights_module, "_read_exactly", lambda fd, path, offset, n: (read.append(n), genuine(fd, path, offset, n))[1])
+    genuine = weight_rows._read_exactly
+    monkeypatch.setattr(weight_rows, "_read_exactly", lambda fd, path, offset, n: (read.append(n), genuine(fd, path, offset, n))[1])
     for path in (tiny_mixtral.gguf, tiny_mixtral.hf):
         opened = open_weights(path)
         experts = opened.lazy("blocks.0.mlp.experts.W_out")

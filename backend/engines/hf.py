@@ -43,17 +43,19 @@ from backend.engines import (
     never_stop,
     no_sink,
 )
+from backend.engines.hf_architecture import finished
 from backend.engines.hf_generic import NO_UNEMBED, Generic, find
 from backend.engines.hf_graph import EDGES, Recorder
 from backend.engines.hf_native import Natives, listed
 from backend.engines.hf_placement import PACKED, arguments, quantization, stored_bits
-from backend.engines.hf_sites import ARCHITECTURES, finished
+from backend.engines.hf_sites import ARCHITECTURES
 from backend.engines.hf_taps import Tap, has_module, installed, to_numpy
 from backend.engines.hf_tokenizer import HfTokenizer, first_line
 from backend.engines.native import NativeTensor
 from backend.engines.sampling import check_sampling, choose
 from backend.errors import LayerscopeError
-from backend.files.hf_config import CONFIG_LIMIT, model_info, read_json
+from backend.files.bounded_json import read_json
+from backend.files.hf_config import CONFIG_LIMIT, model_info
 from backend.intervention import Intervention, edits_by_place
 from backend.reports.model_graph import ModelGraph
 from backend.weight_names import section_rows

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from backend.analysis.identities import relative_error, tolerances
 from backend.engines import Piece, Request, never_stop, no_sink
+from backend.engines.hf_architecture import Architecture, Place, finished
 from backend.engines.hf_attention import NAME
-from backend.engines.hf_sites import Architecture, Place, finished
 from backend.engines.hf_taps import TAP, Tap, to_numpy
 from backend.engines.hf_tokenizer import first_line
 from backend.errors import LayerscopeError

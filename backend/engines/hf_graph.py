@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from backend.engines import Where
-from backend.engines.hf_sites import Architecture
+from backend.engines.hf_architecture import Architecture
 from backend.reports.model_graph import GraphNode, Kind, ModuleCall
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from backend.engines import OpenOptions
 from backend.errors import LayerscopeError
-from backend.files.hf_config import CONFIG_LIMIT, bitsandbytes_bits, read_json
+from backend.files.bounded_json import read_json
+from backend.files.hf_config import CONFIG_LIMIT, bitsandbytes_bits
 
 if TYPE_CHECKING:
     import torch

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from backend.engines.hf_sites import Router
+from backend.engines.hf_architecture import Router
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backend.engines import Piece, Request, ShouldStop, Sink, Where
+from backend.engines.hf_architecture import Architecture, Place, Router
 from backend.engines.hf_router import best_first, probabilities, reroute
-from backend.engines.hf_sites import Architecture, Place, Router
 from backend.errors import Cancelled
 from backend.intervention import Intervention, apply, edits_by_place
 from backend.model_info import ModelInfo

@@ -6,15 +6,14 @@ nobody vouches for: every length is bounded before it is believed, and everythin
 
     model_info(folder)          -> ModelInfo
     check_folder(folder)        -> Folder: its config, its shards and their headers, or one sentence
-    safetensors_header(path)    -> names, dtypes, shapes and byte ranges of one file
+
+What its config's keys are called is in hf_keys, a file's header in safetensors_header.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
-import struct
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -22,93 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from backend.errors import LayerscopeError
+from backend.files.bounded_json import read_json
+from backend.files.hf_keys import ARCHITECTURES, ConfigKeys
 from backend.files.hf_types import GENERIC_TYPES, generic_keys
 from backend.files.model_kinds import refuse_config, refuse_folder
-from backend.files.stand_ins import SHOWN_BYTES, stand_in
+from backend.files.safetensors_header import TensorEntry, safetensors_header
 from backend.model_info import ModelInfo
 from backend.weight_names import HF_NAMES
 
 CONFIG_LIMIT = 4 << 20  # bytes of config.json, tokenizer_config.json
 INDEX_LIMIT = 64 << 20  # bytes of model.safetensors.index.json
-HEADER_LIMIT = 100_000_000  # bytes; the cap of the safetensors format itself
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-# Bytes of one element for every dtype name of the safetensors format that a model here can be stored in.
-DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ConfigKeys:
-    """Where one architecture's config.json keeps what ModelInfo wants; one row an architecture."""
-
-    n_layers: str = "num_hidden_layers"
-    n_heads: str = "num_attention_heads"
-    n_kv_heads: str = "num_key_value_heads"
-    d_model: str = "hidden_size"
-    d_head: str | tuple[str, ...] = "head_dim"  # several: their sum
-    d_head_v: str | None = None
-    d_kv_latent: tuple[str, ...] = ()
-    d_mlp: str = "intermediate_size"
-    d_expert: str | None = None  # where layers of both kinds can be: the width of an expert
-    n_dense_layers: str | None = None
-    n_ctx: str = "max_position_embeddings"
-    norm_eps: str = "rms_norm_eps"
-    n_experts: str | None = None
-    n_experts_alias: str | None = None  # transformers 5 writes another name than the model's makers did
-    n_experts_used: str | None = None
-    sliding_window: str | None = None
-    sliding_window_if: str | None = None  # it counts only where this is true
-    tied: bool = False  # whether embedding and output matrix are one where the config leaves it out
-    mlp_ratio: int | None = None  # d_mlp / d_model where the config leaves d_mlp out
-    requires: tuple[tuple[str, object], ...] = ()  # what else must be set so: variants that would need other sites
-    embed: str = "model.embed_tokens.weight"  # its tensor: (d_vocab, d_model)
-    generic: bool = False  # no row: keys found by their usual names; a size may be absent, or a list with one value a layer
-
-
-# Every head has keys and values of its own, made from what all share: so there are as many key/value heads as heads.
-_DEEPSEEK = ConfigKeys(
-    n_kv_heads="num_attention_heads", d_head=("qk_nope_head_dim", "qk_rope_head_dim"), d_head_v="v_head_dim",
-    d_kv_latent=("kv_lora_rank", "qk_rope_head_dim"), d_expert="moe_intermediate_size", n_dense_layers="first_k_dense_replace",
-    n_experts="n_routed_experts", n_experts_used="num_experts_per_tok",
-)  # fmt: skip
-
-# The architectures that the PyTorch engine runs, by config.json's `model_type`; backend.engines.hf_sites has a row for each.
-ARCHITECTURES: dict[str, ConfigKeys] = {
-    "llama": ConfigKeys(),
-    "mistral": ConfigKeys(sliding_window="sliding_window"),
-    "mixtral": ConfigKeys(n_experts="num_local_experts", n_experts_used="num_experts_per_tok", sliding_window="sliding_window"),
-    "qwen2": ConfigKeys(sliding_window="sliding_window", sliding_window_if="use_sliding_window"),
-    "qwen3": ConfigKeys(sliding_window="sliding_window", sliding_window_if="use_sliding_window"),
-    "smollm3": ConfigKeys(sliding_window="sliding_window", sliding_window_if="use_sliding_window"),
-    "olmo2": ConfigKeys(),
-    "gemma2": ConfigKeys(sliding_window="sliding_window", tied=True),
-    "gemma3_text": ConfigKeys(sliding_window="sliding_window", tied=True),
-    "qwen3_moe": ConfigKeys(
-        sliding_window="sliding_window", sliding_window_if="use_sliding_window", d_mlp="moe_intermediate_size",
-        n_experts="num_experts", n_experts_alias="num_local_experts", n_experts_used="num_experts_per_tok",
-        requires=(("decoder_sparse_step", 1), ("mlp_only_layers", [])),
-    ),
-    "qwen2_moe": ConfigKeys(
-        sliding_window="sliding_window", sliding_window_if="use_sliding_window", d_mlp="moe_intermediate_size",
-        n_experts="num_experts", n_experts_alias="num_local_experts", n_experts_used="num_experts_per_tok",
-        requires=(("decoder_sparse_step", 1), ("mlp_only_layers", [])),
-    ),
-    "olmoe": ConfigKeys(n_experts="num_experts", n_experts_alias="num_local_experts", n_experts_used="num_experts_per_tok"),
-    "phi3": ConfigKeys(sliding_window="sliding_window"),
-    "gpt2": ConfigKeys(
-        n_layers="n_layer", n_heads="n_head", d_model="n_embd", d_mlp="n_inner", n_ctx="n_positions", norm_eps="layer_norm_epsilon",
-        tied=True, mlp_ratio=4, requires=(("add_cross_attention", False),), embed="transformer.wte.weight",
-    ),
-    "starcoder2": ConfigKeys(tied=True, norm_eps="norm_epsilon", sliding_window="sliding_window"),
-    "stablelm": ConfigKeys(norm_eps="layer_norm_eps"),
-    "granite": ConfigKeys(),
-    "gpt_oss": ConfigKeys(n_experts="num_local_experts", n_experts_used="num_experts_per_tok", sliding_window="sliding_window"),
-    "deepseek_v2": _DEEPSEEK,
-    "deepseek_v3": _DEEPSEEK,
-}
 
 # Sizes that no real model exceeds: beyond them a config is a mistake or an attack, and is refused before anything is allocated.
 GENERIC_CONTEXT = 2048  # tokens, where no row says which key holds the limit and no usual one does
@@ -117,16 +40,6 @@ _LIMITS = {
     "d_vocab": 4_194_304, "n_ctx": 1 << 26, "n_experts": 1_024, "n_experts_used": 1_024, "sliding_window": 1 << 26,
     "n_dense_layers": 1_000, "d_head_v": 8_192, "d_kv_latent": 131_072,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TensorEntry:
-    """One tensor of a safetensors file: bytes `start` to `stop` of the file, row-major."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True)
@@ -243,84 +156,6 @@ def shard_paths(path: Path) -> list[Path]:
         if not (path / name).is_file():
             raise LayerscopeError(f"{path.name} lacks the shard {name!r} that its index names.")
     return [path / name for name in names]
-
-
-def safetensors_header(path: Path) -> dict[str, TensorEntry]:
-    """The tensors of one safetensors file, without reading any: name -> TensorEntry, byte ranges counted from the file's start.
-
-    Checked as the format demands (https://github.com/huggingface/safetensors, "Format"): header at most 100 MB and inside the
-    file, known dtypes, byte ranges that fit the shapes and fill the file without hole or overlap.
-    Raises LayerscopeError naming the file and what is wrong.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if instead := stand_in(file.read(SHOWN_BYTES)):
-            raise LayerscopeError(f"{path.name} of {path.parent.name} is no safetensors file: it is {instead}.")
-        file.seek(0)
-        prefix = file.read(8)
-        if len(prefix) < 8:
-            raise LayerscopeError(f"{path.name} is truncated: it has {size} bytes, fewer than the 8 of a safetensors prefix.")
-        (length,) = struct.unpack("<Q", prefix)
-        if length > HEADER_LIMIT:
-            raise LayerscopeError(f"The header of {path.name} claims {length:,} bytes; at most {HEADER_LIMIT:,} are allowed.")
-        if 8 + length > size:
-            raise LayerscopeError(f"{path.name} is truncated: its header ends at byte {8 + length:,}, the file has {size:,}.")
-        header = parse_json(file.read(length), f"The header of {path.name}")
-    header.pop("__metadata__", None)
-    entries = {name: _entry(path.name, name, row, 8 + length) for name, row in header.items()}
-    at = 8 + length
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
-        if entry.start != at:
-            raise LayerscopeError(f"{path.name} is damaged: tensor {name[:80]!r} starts at byte {entry.start:,}, expected {at:,}.")
-        at = entry.stop
-        if at > size:
-            raise LayerscopeError(f"{path.name} is truncated: tensor {name[:80]!r} ends at byte {at:,}, the file has {size:,}.")
-    return entries
-
-
-def read_json(path: Path, limit: int) -> dict[str, Any]:
-    """The JSON object in a file of at most `limit` bytes; raises LayerscopeError otherwise."""
-    with path.open("rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise LayerscopeError(f"{path.name} of {path.parent.name} has more than the {limit:,} bytes allowed.")
-    if not data.lstrip().startswith(b"{") and (instead := stand_in(data[:SHOWN_BYTES])):
-        raise LayerscopeError(f"{path.name} of {path.parent.name} is no valid JSON: it is {instead}.")
-    return parse_json(data, f"{path.name} of {path.parent.name}")
-
-
-def parse_json(data: bytes, what: str) -> dict[str, Any]:
-    """One JSON object from untrusted bytes. Duplicate keys are refused: two readers could each believe another one."""
-    try:
-        value = json.loads(data, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise LayerscopeError(f"{what} is no valid JSON: {str(error)[:120]}.") from None
-    if not isinstance(value, dict):
-        raise LayerscopeError(f"{what} holds a JSON {type(value).__name__}, not an object.")
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return value
-
-
-def _entry(file: str, name: str, row: Any, data_start: int) -> TensorEntry:
-    """Check one row of a safetensors header; offsets become positions in the file."""
-    where = f"Tensor {name[:80]!r} of {file}"
-    dtype, shape, offsets = (row.get(key) for key in ("dtype", "shape", "data_offsets")) if isinstance(row, dict) else (None, None, None)
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise LayerscopeError(f"{where} has dtype {str(dtype)[:40]!r}; known are {', '.join(DTYPE_BYTES)}.")
-    if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and 0 <= n < 1 << 40 for n in shape):
-        raise LayerscopeError(f"{where} has no valid shape: {str(shape)[:80]}.")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
-        raise LayerscopeError(f"{where} has no valid data_offsets: {str(offsets)[:80]}.")
-    need = math.prod(shape) * DTYPE_BYTES[dtype]
-    if offsets[1] - offsets[0] != need:
-        raise LayerscopeError(f"{where} has {offsets[1] - offsets[0]:,} bytes, but its shape {shape} in {dtype} needs {need:,}.")
-    return TensorEntry(dtype, tuple(shape), data_start + offsets[0], data_start + offsets[1])
 
 
 def _architecture(config: Mapping[str, Any], name: str) -> ConfigKeys:
