@@ -21,6 +21,9 @@ from backend.errors import LayerscopeError, SiteNotCaptured
 from backend.model_info import ModelInfo
 from backend.sites import NATIVE, SITES, resolve_site
 from backend.tracefile.trace_layout import FORMAT, NATIVE_GROUP, VERSION, read_json, site_path, stored_sites
+from backend.weight_names import GGUF_NAMES, HF_NAMES
+
+_W_O = "blocks.{}.attn.W_O"  # an architecture without a row has no matrix of this name
 
 Array = NDArray[Any]
 
@@ -192,7 +195,7 @@ class Trace:
         if site == "resid_pre":
             return self._is_stored("resid_post", layer - 1) if layer else "embed" in self.stored
         if site == "result":
-            return self._is_stored("z", layer)
+            return self._is_stored("z", layer) and _W_O in (HF_NAMES if self.engine == "hf" else GGUF_NAMES).get(self.info.architecture, {})
         return any(self._can_read(a, layer, (*seen, site)) and self._can_read(b, layer, (*seen, site)) for a, b, _ in _SUMS.get(site, ()))
 
     def _read(self, site: str, layer: int | None, seen: tuple[str, ...] = ()) -> Array:

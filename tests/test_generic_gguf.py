@@ -174,6 +174,7 @@ def test_the_integrity_report_says_that_the_architecture_is_generic_and_what_hol
         assert {name for name, entry in report.items() if entry["checked"]} == held
         assert all(report[name]["ok"] for name in held)
         assert "attn_out not captured" in report["attn_projection"]["note"]
+        assert not trace.has("result"), "without a row nobody knows which matrix is W_O"
         assert "lens_top_ids" in trace.results and trace.stored["resid_post"] == list(range(engine.info.n_layers))
 
 
