@@ -9,6 +9,7 @@ from dash import dcc, html
 
 from backend.errors import LayerscopeError
 from backend.sites import SITES
+from components.capture_again import can_capture_again, capture_again
 from components.icons import icon
 from components.services import services
 
@@ -26,7 +27,8 @@ def error(text: str) -> html.Div:
 def missing(site: str, trace_id: str) -> html.Div:
     """The state of a page whose trace holds neither `site` (a site or result name) nor what it derives from.
 
-    The button leads to Home with the same model and prompt and the site added to what is captured.
+    One press runs the prompt again with the site among what is captured, and the page shows the new trace. Where the run had edits, or
+    began from token ids, the button leads to Home with the same model and prompt instead.
     """
     known = SITES.get(site)
     needs = f"It needs {site}: {known.doc[0].lower()}{known.doc[1:]}" if known else f"It needs the result {site}, which is computed during a capture."
@@ -35,6 +37,9 @@ def missing(site: str, trace_id: str) -> html.Div:
         if known and known.moe and not trace.info.is_moe:
             return empty("Not in this model", f"{trace.info.name} is dense: it has no experts, so {site} does not exist in it.")
         wanted = sorted({*trace.stored, site} & set(SITES)) if known else ["resid_post", *sorted(set(trace.stored) & set(SITES))]
+        if can_capture_again(trace):
+            again = capture_again(trace, (site,) if known else ("resid_post",))
+            return empty("This trace cannot show this view", f"{needs} One press runs the prompt again with it captured.", again)
         query = {"model": trace.info.name, "prompt": trace.prompt, "sites": ",".join(dict.fromkeys(wanted))}
     except LayerscopeError:
         query = {}

@@ -73,6 +73,23 @@ def partial(server: tuple[str, Trace, TinyModel]) -> Iterator[Trace]:
         yield trace
 
 
+@pytest.fixture(scope="module")
+def narrow(server: tuple[str, Trace, TinyModel]) -> Trace:
+    """A third trace on the shelf: the residual stream and nothing else."""
+    from backend.engines import OpenOptions, open_engine
+    from backend.experiments.capture import CaptureSpec, capture
+    from backend.library import Library
+    from config import load_settings
+
+    folder = server[1].path.parent
+    engine = open_engine(server[2].hf, OpenOptions())
+    path = capture(engine, CaptureSpec(prompt=PROMPT, sites=("resid_post",), lens=False), folder)
+    engine.close()
+    Library.from_settings(load_settings(data_dir=folder.parent)).add(path)
+    with open_trace(path) as trace:
+        return trace
+
+
 @pytest.fixture
 def visit(server, page):
     """Open a path of the trace, wait for the named graph, and fail on any error in the browser's console."""
@@ -243,6 +260,20 @@ def test_following_a_token_runs_as_a_job_and_draws_its_probability_through_the_l
     assert query_of(page)["target"] == " the"
     page.reload()  # the link shows it again, from the cache
     page.wait_for_function(followed)
+
+
+def test_what_was_not_captured_is_one_press_away(server, narrow: Trace, page):
+    address, whole, _ = server
+    page.set_default_timeout(4 * WAIT_MS)  # the worker loads torch first
+    page.goto(f"{address}/attention?trace={narrow.id}&layer=1&head=2")
+    page.get_by_role("button", name="Capture attn_pattern").click()
+    page.wait_for_function("() => document.querySelector('#pattern .js-plotly-plot')?._fullData?.length > 0")
+    asked = query_of(page)
+    assert asked["trace"] != narrow.id and (asked["layer"], asked["head"]) == ("1", "2")
+    n = narrow.n_tokens
+    np.testing.assert_allclose(lower(drawn(page, "pattern")), lower(whole.head("attn_pattern", 1, 2)[:n, :n]), atol=1e-3)
+    with open_trace(narrow.path.with_stem(asked["trace"])) as made:
+        assert made.prompt == narrow.prompt and made.token_ids == narrow.token_ids and made.layers("resid_post") == narrow.layers("resid_post")
 
 
 def test_the_dark_theme_redraws_the_figures_in_its_own_colours(visit):
