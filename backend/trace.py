@@ -270,6 +270,11 @@ class Trace:
         group = self._file["vocabulary"]
         return dict(zip((int(i) for i in group["ids"][:]), read_json(group, "texts"), strict=True))
 
+    @property
+    def vocabulary(self) -> dict[int, str]:
+        """Texts of the tokens that occur anywhere in this trace, as inputs or among the stored predictions."""
+        return dict(self._vocabulary)
+
     def token_text(self, token_id: int) -> str:
         """Text of a token id that occurs anywhere in this trace; "‹id 123›" for one that does not."""
         return self._vocabulary.get(int(token_id), f"‹id {int(token_id)}›")

@@ -96,6 +96,7 @@ class Architecture:
     weights: Mapping[str, Weight]
     router: Router | None = None
     rotary: bool = True
+    norm: Literal["rms", "layer"] = "rms"  # of the residual stream: RMS norm, or LayerNorm with a bias
     logit_divisor: str = ""  # the configuration's name for what logits are divided by
     logit_softcap: str = ""  # the configuration's cap c in c tanh(logits / c)
     logit_scale: str = ""  # the configuration's name for what logits are multiplied with
@@ -265,6 +266,7 @@ _PHI3 = replace(
 )
 _STARCODER2 = replace(
     _LLAMA,
+    norm="layer",
     places={**_BLOCK_PLACES, "mlp_pre": Place(f"{_MLP}.c_fc"), "mlp_post": Place(f"{_MLP}.c_proj", side="input")},
     weights={
         **_BLOCK_WEIGHTS,
@@ -275,6 +277,7 @@ _STARCODER2 = replace(
 )
 _STABLELM = replace(
     _LLAMA,
+    norm="layer",
     weights={
         **_LLAMA.weights,
         **_NORM_BIASES,
@@ -352,6 +355,7 @@ _GPT2 = Architecture(
     attention=f"{_H}.attn",
     final_norm="transformer.ln_f",
     unembed="lm_head",
+    norm="layer",
     places={
         "embed": Place("transformer.h.0", side="input"),  # tokens and positions
         "ln1_out": Place(f"{_H}.ln_1"),
