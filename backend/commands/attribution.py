@@ -37,11 +37,13 @@ def attribute(
     from backend.reports import attribution
 
     with open_trace(trace) as opened:
-        at = position % opened.n_tokens if -opened.n_tokens <= position < opened.n_tokens else position
         path = _model_path(opened)
-        chosen = int(opened.top_ids[at, 0]) if token is None and 0 <= at < opened.n_tokens else 0 if token is None else _token_id(opened, path, token)
-        found = attribution.attribute(opened, open_readout(path), position, chosen, None if against is None else _token_id(opened, path, against))
-        texts = {i: token if i == chosen and token else against if i == found.against and against else opened.token_text(i) for i in (found.token, found.against) if i is not None}
+        readout = open_readout(path)
+        at = attribution.checked(opened, readout, position, 0, None)
+        chosen = int(opened.top_ids[at, 0]) if token is None else _token_id(opened, path, token)
+        other = None if against is None else _token_id(opened, path, against)
+        found = attribution.attribute(opened, readout, at, chosen, other)
+        texts = {chosen: opened.token_text(chosen) if token is None else token, **({} if other is None or against is None else {other: against})}
         typer.echo(json.dumps(_summary(opened, found, texts), ensure_ascii=False) if as_json else describe(opened, found, texts, top))
 
 
