@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-
-from backend.errors import LayerscopeError
 
 if TYPE_CHECKING:
     from backend.reports.attribution import Attribution
@@ -32,46 +29,15 @@ def attribute(
 
     Example: python -m backend attribute --trace <id> --token " Paris" --against " London"
     """
+    from backend import attribute as attribute_logit
     from backend import open_trace
-    from backend.readout import open_readout
-    from backend.reports import attribution
 
     with open_trace(trace) as opened:
-        path = _model_path(opened)
-        readout = open_readout(path)
-        at = attribution.checked(opened, readout, position, 0, None)
-        chosen = int(opened.top_ids[at, 0]) if token is None else _token_id(opened, path, token)
-        other = None if against is None else _token_id(opened, path, against)
-        found = attribution.attribute(opened, readout, at, chosen, other)
-        texts = {chosen: opened.token_text(chosen) if token is None else token, **({} if other is None or against is None else {other: against})}
+        found = attribute_logit(opened, token, against, position)
+        texts = {found.token: opened.token_text(found.token) if token is None else token}
+        if found.against is not None and against is not None:
+            texts[found.against] = against
         typer.echo(json.dumps(_summary(opened, found, texts), ensure_ascii=False) if as_json else describe(opened, found, texts, top))
-
-
-def _model_path(trace: Trace) -> Path:
-    """The model's file: by its name on the shelf, else where it lay when the trace was made."""
-    from backend.model_files import Shelf
-    from config import load_settings
-
-    shelf = Shelf.from_settings(load_settings())
-    try:
-        return shelf.path_for(trace.info.name)
-    except LayerscopeError:
-        return shelf.path_for(trace.info.source)
-
-
-def _token_id(trace: Trace, path: Path, text: str) -> int:
-    """The id of a token by its text: from the trace where it occurs there once, else from the model's tokenizer."""
-    known = [i for i, each in trace.vocabulary.items() if each == text]
-    if len(known) == 1:
-        return known[0]
-    from backend import open_model
-
-    with open_model(path) as model:
-        ids = model.engine.tokenize(text, add_bos=False)
-        if len(ids) != 1:
-            parts = ", ".join(repr(part) for part in model.engine.token_texts(ids[:8]))
-            raise LayerscopeError(f"{text!r} is {len(ids)} tokens in this model ({parts}); name one token." if ids else "The token is empty; name one, for example ' Paris'.")
-    return ids[0]
 
 
 def _summary(trace: Trace, found: Attribution, texts: dict[int, str]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from components.figures.theme import LINES, colours, compact, diverging, escape, figure, number, scale_bar, with_scale
+from components.figures.theme import LINES, colours, compact, diverging, escape, figure, number, scale_bar, with_names, with_scale
 
 
 def head_contributions(heads: NDArray[np.floating], theme: str = "light", unit: str = "logits") -> go.Figure:
@@ -21,6 +21,7 @@ def head_contributions(heads: NDArray[np.floating], theme: str = "light", unit: 
     found.update_xaxes(title="head", side="top", showgrid=False, zeroline=False, dtick=max(1, heads.shape[1] // 24))
     found.update_yaxes(autorange="reversed", showgrid=False, zeroline=False, tickmode="array", tickvals=list(range(0, len(heads), step)),
                        ticktext=[f"L{layer}" for layer in range(0, len(heads), step)])  # fmt: skip
+    with_names(found, [f"head {head}" for head in range(heads.shape[1])], [f"L{layer}" for layer in range(len(heads))])
     return with_scale(found, f"added to the logit, {unit}", theme)
 
 
@@ -37,14 +38,15 @@ def part_bars(names: list[str], attention: NDArray[np.floating], mlp: NDArray[np
     step = max(1, len(names) // 24)
     found.update_yaxes(autorange="reversed", tickmode="array", tickvals=at[::step], ticktext=[escape(name) for name in names[::step]], zeroline=False, showgrid=False)
     found.update_xaxes(title="added to the logit", zeroline=True, nticks=7)
-    return found
+    return with_names(found, y=names)
 
 
 def cumulative_line(names: list[str], values: NDArray[np.floating], logit: float | None, theme: str = "light", unit: str = "logit") -> go.Figure:
     """The sum so far, after each step of the computation. names: the steps ("embed", "attn 0", "mlp 0", ...); values: (step,); logit: the model's own, dotted."""
     palette = LINES["dark" if theme == "dark" else "light"]
     at = list(range(len(names)))
-    line = go.Scatter(x=at, y=compact(values), name="sum so far", mode="lines+markers", line={"color": palette[0], "width": 2}, marker={"size": 5}, customdata=names,
+    line = go.Scatter(x=at, y=compact(values), name="sum so far",
+                      mode="lines+markers", line={"color": palette[0], "width": 2}, marker={"size": 5}, customdata=names,
                       hovertemplate="after %{customdata}<br>%{y:.4f}<extra></extra>")  # fmt: skip
     found = figure(theme, line)
     if logit is not None and np.isfinite(logit):
@@ -53,4 +55,4 @@ def cumulative_line(names: list[str], values: NDArray[np.floating], logit: float
     step = max(1, -(-len(names) // 24))
     found.update_xaxes(tickmode="array", tickvals=at[::step], ticktext=names[::step], zeroline=False)
     found.update_yaxes(title=unit, zeroline=True, nticks=6)
-    return found
+    return with_names(found, names)
