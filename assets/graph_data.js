@@ -54,7 +54,9 @@
         }
         const n = columns[0][1].length;
         if (isArray(trace.text)) columns.push(["text", list(trace.text).map(plain)]);
-        if (isArray(trace.customdata)) columns.push(["hover", list(trace.customdata).map(said)]);
+        const label = (columns.find(([name]) => name === "label") || [])[1];
+        const hovers = isArray(trace.customdata) ? list(trace.customdata).map(said) : [];
+        if (hovers.some((words, i) => !label || words !== label[i])) columns.push(["hover", hovers]);
         else if (isArray(trace.hovertext)) columns.push(["hover", list(trace.hovertext).map(plain)]);
         const colour = trace.marker && trace.marker.color;
         if (isArray(colour) && list(colour).every((value) => typeof value === "number")) columns.push(["colour", list(colour)]);

@@ -34,12 +34,11 @@ def pictures(found: Attribution, n_layers: int, n_heads: int, theme: str) -> tup
             by_layer[row, part.layer] = np.nansum([by_layer[row, part.layer]]) + part.value
     outside = [part for part in found.parts if part.layer is None]
     names = [part.kind for part in outside] + [f"L{layer}" for layer in range(n_layers)]
-    attention = np.concatenate([np.full(len(outside), np.nan), by_layer[0]])
     mlp = np.concatenate([[part.value for part in outside], by_layer[1]])
     middle, after = found.through_layers(n_layers)
     steps = ["embed"] + [f"{kind} {layer}" for layer in range(n_layers) for kind in ("attn", "mlp")]
     line = np.concatenate([[sum(part.value for part in outside)], np.stack([middle, after], axis=1).ravel()])
-    return head_contributions(found.heads(n_layers, n_heads), theme), part_bars(names, attention, mlp, theme), cumulative_line(steps, line, found.logit, theme, unit)
+    return head_contributions(found.heads(n_layers, n_heads), theme), part_bars(names, by_layer[0], mlp, theme), cumulative_line(steps, line, found.logit, theme, unit)
 
 
 def parts_table(found: Attribution, sort: str, trace_id: str) -> html.Table:

@@ -26,11 +26,12 @@ def head_contributions(heads: NDArray[np.floating], theme: str = "light", unit: 
 
 
 def part_bars(names: list[str], attention: NDArray[np.floating], mlp: NDArray[np.floating], theme: str = "light") -> go.Figure:
-    """Attention beside MLP of each row. names: the rows, top first ("embed", "L0", ...); values (row,), NaN where a row has none."""
+    """Attention beside MLP of each layer. names: the rows, top first: what is outside the layers ("embed", ...), then "L0", ...;
+    mlp: (row,), of the rows outside what they are themselves; attention: (layer,), which are the last rows."""
     palette = LINES["dark" if theme == "dark" else "light"]
     at = list(range(len(names)))
     bars = [
-        go.Bar(y=at, x=compact(values), name=title, orientation="h", marker={"color": colour}, customdata=names,
+        go.Bar(y=at[-len(values) :], x=compact(values), name=title, orientation="h", marker={"color": colour}, customdata=names[-len(values) :],
                hovertemplate=f"%{{customdata}}, {title}<br>%{{x:.4f}}<extra></extra>")
         for title, values, colour in (("attention", attention, palette[0]), ("embedding or MLP", mlp, palette[1]))
     ]  # fmt: skip
@@ -38,7 +39,7 @@ def part_bars(names: list[str], attention: NDArray[np.floating], mlp: NDArray[np
     step = max(1, len(names) // 24)
     found.update_yaxes(autorange="reversed", tickmode="array", tickvals=at[::step], ticktext=[escape(name) for name in names[::step]], zeroline=False, showgrid=False)
     found.update_xaxes(title="added to the logit", zeroline=True, nticks=7)
-    return with_names(found, y=names)
+    return found
 
 
 def cumulative_line(names: list[str], values: NDArray[np.floating], logit: float | None, theme: str = "light", unit: str = "logit") -> go.Figure:
