@@ -57,6 +57,8 @@ KINDS: dict[str, Experiment] = {
     "lens": _job("logit_lens", "lens_job"),
     "lens_target": _job("logit_lens", "lens_target_job"),
     "attribution": _job("attribution", "attribution_job"),
+    "neuron_examples": _job("neurons", "neuron_examples_job"),
+    "neuron_tokens": _job("neurons", "neuron_tokens_job"),
     "vocabulary": _job("attribution", "vocabulary_job"),
     "quantization": _job("quantization", "quantization_job"),
     "graph": _job("graph", "graph_job"),
