@@ -1,4 +1,4 @@
-"""What the Attribution page says of an attribution: the sentence with both sums, the figures' rows, the table of parts."""
+"""The cards of the Attribution page, and what it says of an attribution: the sentence with both sums, the figures' rows, the table of parts."""
 
 from __future__ import annotations
 
@@ -10,10 +10,45 @@ import plotly.graph_objects as go
 from dash import dcc, html
 
 from backend.reports.attribution import KINDS, Attribution, Part
+from components.card import card, cards
 from components.figures.attribution import cumulative_line, head_contributions, part_bars
+from components.graph import graph, graph_tools
 
 SORTS = {"size": "Size", "value": "Value", "order": "Part"}
 MOST = 200  # rows of the table
+ABOUT = (
+    "The logit is linear in the residual stream once the final norm's scale is frozen at the value it had in this run, so it is a sum over everything that was added to the "
+    "stream: direct logit attribution (TransformerLens; Elhage et al. 2021). Part · gain / scale · W_U; for a difference, of the two rows of W_U.",
+    "It counts direct paths to the output alone: a head that works through later heads shows nothing here. Where a norm follows W_O (gemma, olmo2) its scale is frozen too.",
+    "The parts are the captured values and are not adjusted: their sum misses the model's logit by the rounding of half precision and of quantized kernels, and both are shown.",
+)  # fmt: skip
+ABOUT_LINE = ("The sum of everything up to each step, through the final norm as the last layer scales it. The end is the logit; the dotted line is what the model itself gave.",)
+
+
+def attribution_cards(n_layers: int, sort: str) -> list[Any]:
+    """The cards of the page, empty, and the stores of its callbacks."""
+    height = min(150 + 24 * max(n_layers, 5), 640)
+    said = html.Div([html.Div("", id="attr-sums"), html.Div(id="attr-notes", className="notes"), html.Div(id="attr-vocabulary", className="attr-foot")], className="attr-sums")
+    stores = [dcc.Store(id=name, data=data) for name, data in (("attr-sort", sort), ("attr-job", None), ("attr-vocabulary-job", None), ("attr-done", None))]
+    return [
+        *stores,
+        said,
+        html.Div(id="attr-state"),
+        html.Div(
+            cards(
+                card("Heads", graph("attr-heads", height=height, className="fill"), "Red adds to the logit, blue takes from it. Click a head to open its pattern.",
+                     graph_tools("attr-heads", "head-attribution"), list(ABOUT), className="fill"),
+                card("Layers", graph("attr-layers", height=height, className="fill"), "All heads of a layer together, beside its MLP.",
+                     graph_tools("attr-layers", "layer-attribution"), list(ABOUT), className="fill"),
+                card("Through depth", graph("attr-depth", height=260), "What has been added so far, after each attention and MLP.",
+                     graph_tools("attr-depth", "cumulative-attribution"), list(ABOUT_LINE), className="wide"),
+                card("Every part", html.Div(id="attr-table", className="table-scroll table-tall"), "Click a column to sort by it, a head to open its pattern.", [], list(ABOUT),
+                     className="wide"),
+            ),
+            id="attr-cards",
+        ),
+        dcc.Location(id="attr-go", refresh="callback-nav"),
+    ]  # fmt: skip
 
 
 def sums(found: Attribution, of: str) -> str:

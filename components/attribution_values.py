@@ -12,6 +12,7 @@ from backend.reports.attribution import Attribution, attribute, checked, weights
 from backend.trace import Trace
 from components.services import services
 from components.states import empty
+from components.token_choice import AUTO, NONE
 from components.weight_source import READ_AT_ONCE, Source, source
 
 _WEIGHTS_PER_S = 1e8  # of two cores, roughly: only ever shown as "about"
@@ -62,3 +63,11 @@ def offer(trace: Trace) -> html.Div:
     seconds = max(1, round(n / _WEIGHTS_PER_S))
     words = f"The output matrices of all heads are read once: {n:,} weights, about {seconds:,} seconds on two cores. The result is kept."
     return empty("This position has not been taken apart yet", words, html.Button("Take it apart", id="attr-compute", className="btn btn-primary", n_clicks=0), "circle-dashed")
+
+
+def chosen_ids(trace: Trace, position: int, token: str | None, against: str | None) -> tuple[int, int | None]:
+    """Ids of a picker's token and of the one that is taken off; AUTO: the most probable, and the next that is another."""
+    best, second = (int(i) for i in trace.top_ids[position, :2])
+    chosen = best if token in (None, AUTO) else int(token)
+    other = None if against in (None, NONE) else second if against == AUTO else int(against)
+    return chosen, best if other == chosen and against == AUTO else other

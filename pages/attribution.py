@@ -8,14 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import dash
-from dash import ALL, Input, Output, State, callback, ctx, dcc, html, no_update
+from dash import ALL, Input, Output, State, callback, ctx, html, no_update
 
 from backend.trace import Trace
 from components import attribution_values as values
-from components.attribution_parts import SORTS, parts_table, pictures, sums
-from components.card import card, cards
+from components.attribution_parts import SORTS, attribution_cards, parts_table, pictures, sums
 from components.figures.theme import no_figure
-from components.graph import graph, graph_tools
+from components.follow_token import position_in
 from components.jobs_tray import job_or_none, job_panel
 from components.services import services
 from components.states import error
@@ -27,19 +26,11 @@ from components.url_state import as_choice, keep_url
 dash.register_page(__name__, path="/attribution", name="Attribution", order=4.5, icon="scale", description="Which heads and MLPs made a prediction")
 
 REQUIRES = ("embed", "attn_out", "mlp_out", "resid_post")
-ABOUT = (
-    "The logit is linear in the residual stream once the final norm's scale is frozen at the value it had in this run, so it is a sum over everything that was added to the "
-    "stream: direct logit attribution (TransformerLens; Elhage et al. 2021). Part · gain / scale · W_U; for a difference, of the two rows of W_U.",
-    "It counts direct paths to the output alone: a head that works through later heads shows nothing here. Where a norm follows W_O (gemma, olmo2) its scale is frozen too.",
-    "The parts are the captured values and are not adjusted: their sum misses the model's logit by the rounding of half precision and of quantized kernels, and both are shown.",
-)  # fmt: skip
-ABOUT_LINE = ("The sum of everything up to each step, through the final norm as the last layer scales it. The end is the logit; the dotted line is what the model itself gave.",)
-
 
 def layout(trace: str | None = None, token: str | None = None, against: str | None = None, sort: str | None = None, **state: str):
     def build(opened: Trace) -> list[Any]:
         values.model_of(opened)
-        return _cards(opened, as_choice(sort, list(SORTS), "size"))
+        return attribution_cards(opened.info.n_layers, as_choice(sort, list(SORTS), "size"))
 
     def controls(opened: Trace) -> Any:
         n = opened.info.d_vocab
@@ -54,32 +45,6 @@ def layout(trace: str | None = None, token: str | None = None, against: str | No
     return trace_page(__name__, trace, REQUIRES, state, build, "Which parts made a prediction.", controls)
 
 
-def _cards(trace: Trace, sort: str) -> list[Any]:
-    n = trace.info.n_layers
-    height = min(150 + 24 * max(n, 5), 640)
-    said = html.Div([html.Div("", id="attr-sums"), html.Div(id="attr-notes", className="notes"), html.Div(id="attr-vocabulary", className="attr-foot")], className="attr-sums")
-    stores = [dcc.Store(id=name, data=data) for name, data in (("attr-sort", sort), ("attr-job", None), ("attr-vocabulary-job", None), ("attr-done", None))]
-    return [
-        *stores,
-        said,
-        html.Div(id="attr-state"),
-        html.Div(
-            cards(
-                card("Heads", graph("attr-heads", height=height, className="fill"), "Red adds to the logit, blue takes from it. Click a head to open its pattern.",
-                     graph_tools("attr-heads", "head-attribution"), list(ABOUT), className="fill"),
-                card("Layers", graph("attr-layers", height=height, className="fill"), "All heads of a layer together, beside its MLP.",
-                     graph_tools("attr-layers", "layer-attribution"), list(ABOUT), className="fill"),
-                card("Through depth", graph("attr-depth", height=260), "What has been added so far, after each attention and MLP.",
-                     graph_tools("attr-depth", "cumulative-attribution"), list(ABOUT_LINE), className="wide"),
-                card("Every part", html.Div(id="attr-table", className="table-scroll table-tall"), "Click a column to sort by it, a head to open its pattern.", [], list(ABOUT),
-                     className="wide"),
-            ),
-            id="attr-cards",
-        ),
-        dcc.Location(id="attr-go", refresh="callback-nav"),
-    ]  # fmt: skip
-
-
 @callback(
     Output("attr-token", "options"), Output("attr-against", "options"),
     Input("attr-token", "search_value"), Input("attr-against", "search_value"), Input("position", "data"), Input("attr-vocabulary-job", "data"),
@@ -87,7 +52,7 @@ def _cards(trace: Trace, sort: str) -> list[Any]:
 )  # fmt: skip
 def offer_tokens(search: str | None, search_against: str | None, position: int | None, _: Any, token: str | None, against: str | None, page: dict[str, Any], __: Any):
     trace = services().library.open(page["trace"])
-    identity, at = values.model_of(trace).identity, _inside(position, trace)
+    identity, at = values.model_of(trace).identity, position_in(trace, position)
     best, second = (token_label(trace.token_text(i), max_length=16) for i in trace.top_ids[at, :2])
     autos = [{"label": f"most probable: {best}", "value": AUTO}], [{"label": f"second: {second}", "value": AUTO}, {"label": "nothing", "value": NONE}]
     return (
@@ -104,8 +69,8 @@ def offer_tokens(search: str | None, search_against: str | None, position: int |
 )  # fmt: skip
 def show(token: str | None, against: str | None, position: int | None, theme: str, sort: str, _: Any, page: dict[str, Any]):
     trace = services().library.open(page["trace"])
-    model, at = values.model_of(trace), _inside(position, trace)
-    ids = _ids(trace, at, token, against)
+    model, at = values.model_of(trace), position_in(trace, position)
+    ids = values.chosen_ids(trace, at, token, against)
     found = values.attribution(trace, model, at, *ids)
     words = " − ".join(token_label(text_of(trace, model.identity, i), max_length=24) for i in ids if i is not None)
     of = f"Logit of {words} after {token_label(trace.token_texts[at], at in trace.special, 16)} (position {at})"
@@ -122,8 +87,8 @@ def compute(clicks: int | None, token: str | None, against: str | None, position
     if not clicks:
         return no_update
     trace = services().library.open(page["trace"])
-    at = _inside(position, trace)
-    return values.submit(trace, at, *_ids(trace, at, token, against))
+    at = position_in(trace, position)
+    return values.submit(trace, at, *values.chosen_ids(trace, at, token, against))
 
 
 @callback(Output("attr-vocabulary-job", "data"), Input("attr-list", "n_clicks"), State("page-state", "data"), prevent_initial_call=True)
@@ -163,17 +128,6 @@ def sort_by(clicks: list[int | None]):
 def open_clicked(click: dict[str, Any] | None, position: int | None, page: dict[str, Any]):
     point = click["points"][0] if click else None
     return no_update if point is None else f"/attention?trace={page['trace']}&layer={int(point['y'])}&head={int(point['x'])}&pos={position or 0}"
-
-
-def _ids(trace: Trace, position: int, token: str | None, against: str | None) -> tuple[int, int | None]:
-    best, second = (int(i) for i in trace.top_ids[position, :2])
-    chosen = best if token in (None, AUTO) else int(token)
-    other = None if against in (None, NONE) else second if against == AUTO else int(against)
-    return chosen, best if other == chosen and against == AUTO else other
-
-
-def _inside(position: int | None, trace: Trace) -> int:
-    return trace.n_prompt - 1 if position is None else min(max(position, 0), trace.n_tokens - 1)
 
 
 keep_url({"token": ("attr-token", "value"), "against": ("attr-against", "value"), "sort": ("attr-sort", "data")})

@@ -120,7 +120,7 @@ class Examples:
 
 
 def find_examples(traces: Iterable[Trace], layer: int) -> Examples:
-    """Over all traces that hold mlp_post of the layer; raises LayerscopeError if none does."""
+    """Over all traces that hold mlp_post of the layer; raises LayerscopeError if none does, or they are of models of different width."""
     tops: list[_Top | None] = [None, None]
     ids: list[str] = []
     lengths: list[int] = []
@@ -129,6 +129,9 @@ def find_examples(traces: Iterable[Trace], layer: int) -> Examples:
         if not trace.has("mlp_post", layer):
             continue
         values = trace["mlp_post", layer]
+        if tops[0] is not None and values.shape[1] != tops[0][0].shape[1]:
+            there, before = values.shape[1], tops[0][0].shape[1]
+            raise LayerscopeError(f"Trace {trace.id} has {there:,} neurons in layer {layer}, the others {before:,}: the model of that name was another then.")
         bad += int(values.size - np.isfinite(values).sum())
         tops = [merge_top(top, sign * values, sum(lengths), EXAMPLES) for top, sign in zip(tops, (1, -1), strict=True)]
         ids.append(trace.id)
