@@ -22,7 +22,7 @@ Place = tuple[int, int]  # layer, number
 def largest(trace: Trace, position: int, layer: int | None) -> tuple[list[Neuron], int]:
     """The largest neurons at a position, of one layer or of all, and how many values are not finite."""
     layers = [each for each in trace.layers("mlp_post") if layer in (None, each)]
-    return top_neurons(((each, trace["mlp_post", each][position]) for each in layers), SHOWN)
+    return top_neurons(((each, trace.position("mlp_post", each, position)) for each in layers), SHOWN)
 
 
 def written(trace: Trace, neurons: Sequence[Place]) -> tuple[dict[Place, dict[str, list[Any]]], str]:

@@ -111,7 +111,7 @@ def _peaks(trace: Trace, peaks: list[Peak]) -> html.Table:
     return html.Table([html.Thead(head), html.Tbody(rows)], className="ls-table compact")
 
 
-def _dimensions(dimensions: list[OutlierDimension], most: int = 12) -> Any:
+def _dimensions(dimensions: list[OutlierDimension], most: int = 8) -> Any:
     if not dimensions:
         return html.P("No outlier dimension under these limits.", className="muted small")
     names = ("Outlier dimension", "Layers", "Tokens", "Largest |x|")

@@ -2,7 +2,8 @@
 
 The logit is linear in the residual stream once the scale of the final norm is frozen at the value it had in the run, so it is a sum
 over whatever the stream is a sum of: embeddings, heads, biases, MLPs (TransformerLens' logit attribution, `ln_final.hook_scale`
-frozen; Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"). Everything here is in float64.
+frozen; Elhage et al. 2021, "A Mathematical Framework for Transformer Circuits"). Everything here is in float64 but the product with W_O,
+which is of its own precision: it is most of the work.
 
 RMS norm: Zhang & Sennrich, arXiv:1910.07467; LayerNorm: Ba et al., arXiv:1607.06450.
 """
@@ -83,12 +84,12 @@ def attention_parts(z: NDArray[np.floating], w_o: NDArray[np.floating], directio
     z: (head, d_head_v); w_o: (d_model, head * d_head_v); bias: (d_model,) of W_O. multiplier: the block's factor on attention's output.
     post_gain: (d_model,) of the RMS norm that follows W_O in some architectures; its scale is frozen at that of the whole output.
     """
-    w_o = np.asarray(w_o, np.float64)
+    w_o = np.asarray(w_o)
     seen = direction.vector * multiplier
     if post_gain is not None:
-        whole = w_o @ np.asarray(z, np.float64).reshape(-1) + (0.0 if bias is None else np.asarray(bias, np.float64))
+        whole = w_o @ np.asarray(z, w_o.dtype).reshape(-1) + (0.0 if bias is None else np.asarray(bias, np.float64))
         seen = seen * np.asarray(post_gain, np.float64) / norm_scale(whole, "rms", post_eps)
-    through = (seen @ w_o).reshape(z.shape)
+    through = (seen.astype(w_o.dtype) @ w_o).reshape(z.shape)
     return AttentionParts(np.einsum("hd,hd->h", np.asarray(z, np.float64), through), 0.0 if bias is None else float(np.asarray(bias, np.float64) @ seen))
 
 

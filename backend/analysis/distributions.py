@@ -10,6 +10,8 @@ from backend.analysis.activations import NEAR_ZERO
 QUANTILES = (0.0, 0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
 QUANTILE_TITLES = ("min", "1 %", "25 %", "median", "75 %", "99 %", "max")
 
+_ROWS = 256  # tokens whose double-precision copies are held at a time
+
 CHANNEL_STATISTICS = {
     "sum": "Σ(Act²)", "min": "min", "max": "max", "mean": "mean", "std": "σ", "active": "active", "n": "N", "entropy": "entropy, bits", "entropy_norm": "entropy, share",
     "zd": "ZD", "cossim": "CosSim",
@@ -29,11 +31,14 @@ def channel_energy(values: NDArray[np.floating]) -> tuple[NDArray[np.float64], i
     values: (pos, ...), the input of a matrix product, all axes after the first together its channels. This is what llama-imatrix stores
     as in_sum2 / counts. A channel without a finite value is NaN.
     """
-    flat = np.asarray(values, np.float64).reshape(len(values), -1)
-    finite = np.isfinite(flat)
-    n = finite.sum(axis=0)
-    with np.errstate(invalid="ignore"):
-        return np.square(np.where(finite, flat, 0)).sum(axis=0) / np.where(n, n, np.nan), int(flat.size - n.sum())
+    flat = np.asarray(values).reshape(len(values), -1)
+    total, n = np.zeros(flat.shape[1]), np.zeros(flat.shape[1])
+    for start in range(0, len(flat), _ROWS):
+        rows = flat[start : start + _ROWS].astype(np.float64)
+        finite = np.isfinite(rows)
+        total += np.square(np.where(finite, rows, 0)).sum(axis=0)
+        n += finite.sum(axis=0)
+    return total / np.where(n, n, np.nan), int(flat.size - n.sum())
 
 
 def channel_statistics(energy: NDArray[np.floating], previous: NDArray[np.floating] | None = None) -> dict[str, float]:

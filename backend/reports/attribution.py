@@ -108,7 +108,7 @@ def attribute(trace: Trace, readout: Readout, position: int, token: int, against
     position = checked(trace, readout, position, token, against)
     n_layers = trace.info.n_layers
     last = n_layers - 1
-    resid = trace["resid_post", last][position]
+    resid = trace.position("resid_post", last, position)
     w_u = readout.weights.lazy("unembed.W_U")
     direction = logit_direction(readout.ending, resid, w_u[token], None if against is None else w_u[against])
     parts = [*_embedding(trace, readout, position, direction)]
@@ -117,7 +117,7 @@ def attribute(trace: Trace, readout: Readout, position: int, token: int, against
             raise Cancelled
         progress("layers", layer, n_layers)
         parts += _attention(trace, readout, position, layer, direction)
-        parts.append(Part("mlp", float(direction.of(trace["mlp_out", layer][position])), layer))
+        parts.append(Part("mlp", float(direction.of(trace.position("mlp_out", layer, position))), layer))
     if readout.ending.bias is not None:
         parts.append(Part("constant", direction.constant))
     progress("layers", n_layers, n_layers)
@@ -149,7 +149,7 @@ def weights_read(trace: Trace) -> int:
 
 
 def _embedding(trace: Trace, readout: Readout, position: int, direction: Direction) -> Iterator[Part]:
-    whole = direction.of(trace["embed"][position])
+    whole = direction.of(trace.position("embed", None, position))
     if "pos_embed.W_pos" not in readout.weights:
         yield Part("embed", float(whole))
         return
@@ -162,17 +162,17 @@ def _attention(trace: Trace, readout: Readout, position: int, layer: int, direct
     """The heads and the bias, and what attn_out has beyond them; attention as a whole where the heads cannot be had."""
     weights, name = readout.weights, f"blocks.{layer}.attn"
     if not trace.has("z", layer) or f"{name}.W_O" not in weights:
-        yield Part("attn", float(direction.of(trace["attn_out", layer][position])), layer)
+        yield Part("attn", float(direction.of(trace.position("attn_out", layer, position))), layer)
         return
     bias = weights[f"{name}.b_O"] if f"{name}.b_O" in weights else None
     post = weights[f"blocks.{layer}.ln1_post.w"] if f"blocks.{layer}.ln1_post.w" in weights else None
-    found = attention_parts(trace["z", layer][position], weights[f"{name}.W_O"], direction, bias, readout.attn_multiplier, post, weights.info.norm_eps)
+    found = attention_parts(trace.position("z", layer, position), weights[f"{name}.W_O"], direction, bias, readout.attn_multiplier, post, weights.info.norm_eps)
     for head, value in enumerate(found.heads):
         yield Part("head", float(value), layer, head)
     if bias is not None:
         yield Part("bias", found.bias, layer)
     if trace.has("attn_out", layer):
-        yield Part("rest", float(direction.of(trace["attn_out", layer][position])) - float(found.heads.sum()) - found.bias, layer)
+        yield Part("rest", float(direction.of(trace.position("attn_out", layer, position))) - float(found.heads.sum()) - found.bias, layer)
 
 
 def _model_logit(trace: Trace, position: int, token: int, softcap: float) -> float | None:
