@@ -61,7 +61,8 @@ def offer(trace: Trace) -> html.Div:
     """In place of the cards, while a large model has not been read: what it takes, and the button."""
     n = weights_read(trace)
     seconds = max(1, round(n / _WEIGHTS_PER_S))
-    words = f"The output matrices of all heads are read once: {n:,} weights, about {seconds:,} seconds on two cores. The result is kept."
+    price = "about a second" if seconds == 1 else f"about {seconds:,} seconds"
+    words = f"The output matrices of all heads are read once: {n:,} weights, {price} on two cores. The result is kept."
     return empty("This position has not been taken apart yet", words, html.Button("Take it apart", id="attr-compute", className="btn btn-primary", n_clicks=0), "circle-dashed")
 
 

@@ -32,13 +32,13 @@ ABOUT_EXAMPLES = (
 AROUND = 8  # tokens before an example; after it half as many
 
 
-def neuron_cards(side: str) -> list[Any]:
-    """The cards of the page, empty, and the stores of its callbacks."""
+def neuron_cards(side: str, list_at_once: bool) -> list[Any]:
+    """The cards of the page, empty, and the stores of its callbacks. list_at_once: the button that lists the vocabulary is pressed already."""
     sides: Any = [{"label": words, "value": name} for name, words in SIDES.items()]
     choose = dcc.Dropdown(sides, side, id="neuron-side", clearable=False, searchable=False, className="picker-metric")
     stores = [dcc.Store(id=name) for name in ("neuron-choice", "neuron-jobs", "neuron-ready")]
     foot = html.Div(
-        [html.Div(html.Button("Name the tokens", id="neuron-list", className="chip", n_clicks=0), id="neuron-list-box"),
+        [html.Div(html.Button("Name the tokens", id="neuron-list", className="chip", n_clicks=int(list_at_once)), id="neuron-list-box"),
          html.Div(html.Button("Read what they write", id="neuron-read", className="chip", n_clicks=0), id="neuron-read-box"), html.Div(id="neuron-said")],
         className="neuron-foot",
     )  # fmt: skip

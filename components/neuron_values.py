@@ -14,6 +14,7 @@ from components.services import services
 from components.weight_source import READ_AT_ONCE
 
 SHOWN = 20  # neurons of a position
+LISTED_AT_ONCE = 2 << 30  # bytes of a model that is loaded to list its vocabulary without being asked
 MOST_TRACES = 2000  # that a search goes through, the newest
 
 Place = tuple[int, int]  # layer, number

@@ -38,7 +38,9 @@ def layout(trace: str | None = None, layer: str | None = None, neuron: str | Non
         return (at if at in opened.layers("mlp_post") else best[0]), as_int(neuron, best[1], 0, opened.info.d_mlp - 1)
 
     def build(opened: Trace) -> list[Any]:
-        return neuron_cards(as_choice(side, list(SIDES), "largest"))
+        identity = _identity(opened)
+        unlisted = bool(identity) and vocabulary(identity) is None
+        return neuron_cards(as_choice(side, list(SIDES), "largest"), unlisted and opened.info.n_bytes <= values.LISTED_AT_ONCE)
 
     def controls(opened: Trace) -> Any:
         at, number = chosen(opened)
@@ -103,17 +105,17 @@ def choose(choice: dict[str, Any] | None):
 
 @callback(
     Output("neuron-jobs", "data"), Input("neuron-list", "n_clicks"), Input("neuron-read", "n_clicks"), Input("neuron-search", "n_clicks"),
-    State("neuron-layer", "value"), State("neuron-number", "value"), State("position", "data"), State("page-state", "data"), prevent_initial_call=True,
+    State("neuron-layer", "value"), State("neuron-number", "value"), State("position", "data"), State("page-state", "data"),
 )  # fmt: skip
 def submit(listing: int, reading: int, searching: int, layer: int, number: int | None, position: int | None, page: dict[str, Any]):
-    """One job at a time: the one whose button was pressed."""
+    """One job at a time: the one whose button was pressed; when the page opens, the vocabulary's where that was made pressed."""
     trace = services().library.open(page["trace"])
-    if ctx.triggered_id == "neuron-list" and listing:
+    if ctx.triggered_id in (None, "neuron-list") and listing:
         return services().jobs.submit("vocabulary", {"model": trace.info.name}, f"Vocabulary of {trace.info.name}").id
     if ctx.triggered_id == "neuron-read" and reading:
         top, _ = values.largest(trace, position_in(trace, position), None)
         return values.submit_tokens(trace, [*dict.fromkeys([(layer, number or 0), *((each.layer, each.neuron) for each in top)])])
-    return values.submit_search(trace, layer) if searching else no_update
+    return values.submit_search(trace, layer) if ctx.triggered_id == "neuron-search" and searching else no_update
 
 
 @callback(Output("neuron-progress", "children"), Output("neuron-ready", "data"), Input("neuron-jobs", "data"), Input("jobs-now", "data"), State("neuron-ready", "data"))

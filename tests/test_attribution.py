@@ -223,6 +223,25 @@ def test_the_demo_model_s_paris_is_the_sum_of_its_parts(tmp_path, name, precisio
         assert abs(found.total - found.logit) < limit
 
 
+# TransformerLens 4.3.0 (TransformerBridge, weights not processed) on the same weights and tokens: decompose_resid and stack_head_results
+# through apply_ln_to_stack, times the final gain, along W_U[" Paris"] - W_U[" Rome"].
+TRANSFORMER_LENS = {
+    "embed": 0.01805, "mlp 0": 0.65286, "mlp 1": 0.07301, "mlp 2": 3.03215, "mlp 3": 2.48337,
+    "2.2": 1.06576, "2.3": 1.05263, "3.4": -0.31565, "1.0": -0.19559, "1.1": -0.18787, "2.1": -0.17559,
+}  # fmt: skip
+
+
+def test_the_demo_model_s_parts_are_those_of_transformer_lens(tmp_path):
+    path = Path(__file__).resolve().parents[1] / "models" / "demo-dense"
+    engine = open_engine(path, OPTIONS)
+    paris, rome = (engine.tokenize(text, add_bos=False)[0] for text in (" Paris", " Rome"))
+    trace = open_trace(capture(engine, CaptureSpec("The capital of France is", precision="float32", lens=False), tmp_path))
+    engine.close()
+    found = attribute(trace, open_readout(path), -1, paris, rome)
+    assert {part.name: part.value for part in found.parts if part.name in TRANSFORMER_LENS} == pytest.approx(TRANSFORMER_LENS, abs=2e-5)
+    assert found.logit == pytest.approx(7.82137, abs=2e-5)
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys, tiny_llama):
     """Run one command line in this process: (exit code, stdout, stderr)."""
