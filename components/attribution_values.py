@@ -51,6 +51,12 @@ def attribution(trace: Trace, model: Source, position: int, token: int, against:
     return found
 
 
+def in_part(trace: Trace) -> str | None:
+    """A site that an attribution needs of every layer, and that this trace has of some only."""
+    last = trace.info.n_layers - 1
+    return next((site for site in ("attn_out", "mlp_out") if len(trace.layers(site)) < trace.info.n_layers), None if trace.has("resid_post", last) else "resid_post")
+
+
 def submit(trace: Trace, position: int, token: int, against: int | None) -> str:
     """Queue the job; its id."""
     params = {"trace_id": trace.id, "position": position, "token": token, "against": against}

@@ -17,7 +17,7 @@ from components.figures.theme import no_figure
 from components.follow_token import position_in
 from components.jobs_tray import job_or_none, job_panel
 from components.services import services
-from components.states import error
+from components.states import error, missing
 from components.token_choice import AUTO, NONE, parse_token, suggestions, text_of, token_picker, vocabulary
 from components.token_label import token_label
 from components.trace_view import trace_page
@@ -30,9 +30,14 @@ REQUIRES = ("embed", "attn_out", "mlp_out", "resid_post")
 def layout(trace: str | None = None, token: str | None = None, against: str | None = None, sort: str | None = None, **state: str):
     def build(opened: Trace) -> list[Any]:
         values.model_of(opened)
+        lacking = values.in_part(opened)
+        if lacking:
+            return [missing(lacking, opened.id)]
         return attribution_cards(opened.info.n_layers, as_choice(sort, list(SORTS), "size"))
 
     def controls(opened: Trace) -> Any:
+        if values.in_part(opened):
+            return None
         n = opened.info.d_vocab
         return html.Div(
             [

@@ -31,7 +31,7 @@ def part_bars(names: list[str], attention: NDArray[np.floating], mlp: NDArray[np
     palette = LINES["dark" if theme == "dark" else "light"]
     at = list(range(len(names)))
     bars = [
-        go.Bar(y=at[-len(values) :], x=compact(values), name=title, orientation="h", marker={"color": colour}, customdata=names[-len(values) :],
+        go.Bar(y=at[-len(values) :], x=compact(values), name=title, orientation="h", marker={"color": colour}, customdata=[escape(name) for name in names[-len(values) :]],
                hovertemplate=f"%{{customdata}}, {title}<br>%{{x:.4f}}<extra></extra>")
         for title, values, colour in (("attention", attention, palette[0]), ("embedding or MLP", mlp, palette[1]))
     ]  # fmt: skip
@@ -47,13 +47,13 @@ def cumulative_line(names: list[str], values: NDArray[np.floating], logit: float
     palette = LINES["dark" if theme == "dark" else "light"]
     at = list(range(len(names)))
     line = go.Scatter(x=at, y=compact(values), name="sum so far",
-                      mode="lines+markers", line={"color": palette[0], "width": 2}, marker={"size": 5}, customdata=names,
+                      mode="lines+markers", line={"color": palette[0], "width": 2}, marker={"size": 5}, customdata=[escape(name) for name in names],
                       hovertemplate="after %{customdata}<br>%{y:.4f}<extra></extra>")  # fmt: skip
     found = figure(theme, line)
     if logit is not None and np.isfinite(logit):
         found.add_hline(y=logit, line={"color": colours(theme)["ink-3"], "width": 1, "dash": "dot"}, annotation_text="the model", annotation_position="top left",
                         annotation_font={"size": 11, "color": colours(theme)["ink-3"]})  # fmt: skip
     step = max(1, -(-len(names) // 24))
-    found.update_xaxes(tickmode="array", tickvals=at[::step], ticktext=names[::step], zeroline=False)
+    found.update_xaxes(tickmode="array", tickvals=at[::step], ticktext=[escape(name) for name in names[::step]], zeroline=False)
     found.update_yaxes(title=unit, zeroline=True, nticks=6)
     return with_names(found, names)

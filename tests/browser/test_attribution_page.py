@@ -75,3 +75,20 @@ def test_a_click_on_a_head_opens_its_pattern(server, visit):  # noqa: F811
     page.locator("#attr-table tbody a").first.click()
     page.wait_for_function("() => document.querySelector('#pattern-title')?.textContent.startsWith('Pattern of')")
     assert query_of(page)["pos"] == "3"
+
+
+def test_a_trace_of_some_layers_offers_the_capture_of_all(server, visit, page):  # noqa: F811
+    from backend.engines import OpenOptions, open_engine
+    from backend.experiments.capture import CaptureSpec, capture
+    from backend.library import Library
+    from config import load_settings
+
+    address, trace, model = server
+    engine = open_engine(model.hf, OpenOptions())
+    path = capture(engine, CaptureSpec(prompt="Mary", layers=(1, 2), lens=False), trace.path.parent)
+    engine.close()
+    some = Library.from_settings(load_settings(data_dir=trace.path.parent.parent)).add(path)
+    page.goto(f"{address}/attribution?trace={some.id}")
+    page.get_by_text("Capture it").wait_for()
+    assert "It needs attn_out" in page.locator(".state").inner_text()
+    assert page.locator("#attr-token").count() == 0
