@@ -50,7 +50,8 @@
         for (const row of block.rows.slice(0, MOST_ROWS)) {
             const line = element("tr", "", undefined, body);
             for (let j = 0; j < width; j++) {
-                const made = element(j ? "td" : "th", numeric[j] ? "num" : "wrap", shown(row[j]), line);
+                const text = shown(row[j]);
+                const made = element(j ? "td" : "th", numeric[j] ? "num" : text.length > 40 ? "long" : "nowrap", text, line);
                 if (!j) made.scope = "row";
             }
         }
