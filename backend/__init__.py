@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from backend.intervention import Intervention
     from backend.library import Library
     from backend.model_info import ModelInfo
+    from backend.reports.attribution import Attribution
     from backend.reports.model_graph import ModelGraph
     from backend.reports.quantization_report import QuantizationReport
     from backend.trace import Trace
     from backend.weights import Weights
 
-__all__ = ["Intervention", "Library", "Model", "Sampling", "compare_quantization", "open_model", "open_trace", "open_weights", "quantize"]
+__all__ = ["Intervention", "Library", "Model", "Sampling", "attribute", "compare_quantization", "open_model", "open_trace", "open_weights", "quantize"]
 
 
 class Model:
@@ -144,6 +145,51 @@ def open_weights(source: str | Path) -> Weights:
     from backend.weights import open_weights as open_files
 
     return open_files(_shelf(_settings()).path_for(str(source)))
+
+
+def attribute(trace: Trace, token: str | int | None = None, against: str | int | None = None, position: int = -1) -> Attribution:
+    """Direct logit attribution: what every head, MLP, bias and embedding adds to a logit, the final norm's scale frozen.
+
+    token, against: an id, or the text of one token with its leading space; token None: the most probable; against: its logit is taken off.
+    Nothing is run: activations come from the trace, W_O and W_U from the model's file. Raises LayerscopeError for a text that is not one
+    token, a position outside or a model that is gone; SiteNotCaptured where the trace lacks a site that it needs.
+    """
+    from backend.readout import open_readout
+    from backend.reports import attribution
+
+    path = _model_path(trace)
+    readout = open_readout(path)
+    at = attribution.checked(trace, readout, position, 0, None)
+    chosen = int(trace.top_ids[at, 0]) if token is None else _token_id(trace, path, token)
+    return attribution.attribute(trace, readout, at, chosen, None if against is None else _token_id(trace, path, against))
+
+
+def _model_path(trace: Trace) -> Path:
+    """The model's file: by its name on the shelf, else where it lay when the trace was made."""
+    from backend.errors import LayerscopeError
+
+    shelf = _shelf(_settings())
+    try:
+        return shelf.path_for(trace.info.name)
+    except LayerscopeError:
+        return shelf.path_for(trace.info.source)
+
+
+def _token_id(trace: Trace, path: Path, token: str | int) -> int:
+    """The id of a token by its text: from the trace where it occurs there once, else from the model's tokenizer."""
+    from backend.errors import LayerscopeError
+
+    if isinstance(token, int):
+        return token
+    known = [i for i, text in trace.vocabulary.items() if text == token]
+    if len(known) == 1:
+        return known[0]
+    with open_model(path) as model:
+        ids = model.engine.tokenize(token, add_bos=False)
+        if len(ids) != 1:
+            parts = ", ".join(repr(part) for part in model.engine.token_texts(ids[:8]))
+            raise LayerscopeError(f"{token!r} is {len(ids)} tokens in this model ({parts}); name one token." if ids else "The token is empty; name one, for example ' Paris'.")
+    return ids[0]
 
 
 def compare_quantization(model: str | Path, reference: str | Path, prompts: str | Sequence[str], *, sites: Sequence[str] | None = None,

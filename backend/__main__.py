@@ -15,12 +15,14 @@ import typer
 from tqdm import tqdm
 
 from backend.commands import quantization, weights
+from backend.commands.attribution import attribute
 from backend.commands.graph import graph
 from backend.errors import LayerscopeError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
 
 app.command()(graph)
+app.command()(attribute)
 
 _SITES_HELP = "Sites to store: names, TransformerLens hooks, ggml nodes; native:NAME for any tensor (see `nodes`); repeat or separate by commas; or all. Default: the standard set."
 Sites = Annotated[list[str] | None, typer.Option("--sites", "-s", help=_SITES_HELP)]

@@ -133,6 +133,12 @@ class Trace:
             raise LayerscopeError(f"Site {name!r} has one array a layer; ask for trace[{name!r}, layer].")
         return self._read(name, layer if SITES[name].per_layer else None)
 
+    def position(self, site: str, layer: int | None, at: int) -> NDArray[np.float32]:
+        """A site's values at one position, without the axis pos; the others are not converted. Not for attention maps."""
+        if self._is_stored(site, layer):
+            return np.asarray(self._dataset(site, layer)[at], dtype=np.float32)
+        return np.asarray(self._read(site, layer)[at], dtype=np.float32)
+
     def head(self, site: str, layer: int, head: int, q: slice = slice(None), k: slice = slice(None)) -> NDArray[np.float32]:
         """One head of an attention map, (q_pos, k_pos), read without the other heads; `q` and `k` cut a tile out of it."""
         name, named = resolve_site(site)
@@ -272,6 +278,11 @@ class Trace:
     def _vocabulary(self) -> dict[int, str]:
         group = self._file["vocabulary"]
         return dict(zip((int(i) for i in group["ids"][:]), read_json(group, "texts"), strict=True))
+
+    @property
+    def vocabulary(self) -> dict[int, str]:
+        """Texts of the tokens that occur anywhere in this trace, as inputs or among the stored predictions."""
+        return dict(self._vocabulary)
 
     def token_text(self, token_id: int) -> str:
         """Text of a token id that occurs anywhere in this trace; "‹id 123›" for one that does not."""

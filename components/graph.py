@@ -1,4 +1,4 @@
-"""graph(): the one way to put a Plotly figure on a page, and the tools that save it as PNG, SVG or CSV."""
+"""graph(): the one way to put a Plotly figure on a page, and the tools that save it as PNG, SVG or CSV or show it as a table."""
 
 from __future__ import annotations
 
@@ -33,10 +33,14 @@ def graph(id: str, height: int | str = 420, figure: Any = None, className: str =
 
 
 def graph_tools(id: str, export_name: str | None = None) -> list[Any]:
-    """The tools of a graph for `card(tools=...)`: PNG, SVG, CSV of its data, full screen. assets/graph_tools.js does the work."""
+    """The tools of a graph for `card(tools=...)`: PNG, SVG, CSV of its data, the same as a table, full screen.
+
+    assets/graph_tools.js does the work, assets/graph_data.js says what a graph's data are.
+    """
     name = export_name or id
+    titles = {"png": "Save as PNG", "svg": "Save as SVG", "csv": "Save the numbers as CSV", "table": "Show the numbers as a table"}
     save = [
-        html.Button(kind.upper(), className="tool", title=f"Save as {kind.upper()}", **{"data-tool": kind, "data-graph": id, "data-name": name})
-        for kind in ("png", "svg", "csv")
+        html.Button("Table" if kind == "table" else kind.upper(), className="tool", title=title, **{"data-tool": kind, "data-graph": id, "data-name": name})
+        for kind, title in titles.items()
     ]
     return [*save, full_screen_button()]

@@ -13,6 +13,8 @@ from components.capture_again import can_capture_again, capture_again
 from components.icons import icon
 from components.services import services
 
+_OF_ONE_MLP = ("mlp_pre", "mlp_pre_linear", "mlp_post")
+
 
 def empty(title: str, text: Any, action: Any = None, symbol: str = "circle-dashed") -> html.Div:
     """An empty state: what is missing, and one way on."""
@@ -36,6 +38,8 @@ def missing(site: str, trace_id: str) -> html.Div:
         trace = services().library.open(trace_id)
         if known and known.moe and not trace.info.is_moe:
             return empty("Not in this model", f"{trace.info.name} is dense: it has no experts, so {site} does not exist in it.")
+        if site in _OF_ONE_MLP and trace.info.is_moe and not trace.info.n_dense_layers:
+            return empty("Not in this model", f"Every layer of {trace.info.name} has experts, whose hidden values are no site: {site} does not exist in it.")
         wanted = sorted({*trace.stored, site} & set(SITES)) if known else ["resid_post", *sorted(set(trace.stored) & set(SITES))]
         if can_capture_again(trace):
             again = capture_again(trace, (site,) if known else ("resid_post",))

@@ -1,6 +1,7 @@
 """Activations: how large each site's values are, layer by layer and token by token, and what one layer holds.
 
-The overview reads every layer of the chosen site once and keeps the summary in the derived cache; one layer is read on demand.
+The overview reads every layer of the chosen site once and keeps the summary in the derived cache; one layer is read on demand. Distributions,
+massive activations and matrix inputs are cards of their own (components.distribution_cards, components.outlier_card).
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from dash import Input, Output, State, callback, dcc, html, no_update
 from backend.analysis.activations import reduce_signed, robust_range
 from backend.trace import Trace
 from components.card import card, cards
+from components.distribution_cards import RANGES, channel_card, distribution_card
 from components.figures.activations import norms_heatmap, statistics_lines, token_dimension_map
 from components.graph import graph, graph_tools
+from components.outlier_card import DEFAULTS, limit_asked, outlier_card
 from components.services import services
 from components.site_summary import largest_value, site_summary, statistics_table, viewable_sites
 from components.states import missing
@@ -40,7 +43,8 @@ ABOUT_STATISTICS = (
 )
 
 
-def layout(trace: str | None = None, site: str | None = None, layer: str | None = None, scale: str | None = None, **state: str):
+def layout(trace: str | None = None, site: str | None = None, layer: str | None = None, scale: str | None = None, inputs: str | None = None, big: str | None = None,
+           times: str | None = None, dim: str | None = None, **state: str):  # fmt: skip
     def chosen(opened: Trace) -> tuple[str, int]:
         names = viewable_sites(opened)
         shown = as_choice(site, names, "resid_post" if "resid_post" in names else names[0])
@@ -51,7 +55,9 @@ def layout(trace: str | None = None, site: str | None = None, layer: str | None 
     def build(opened: Trace) -> list[Any]:
         if not viewable_sites(opened):
             return [missing("resid_post", opened.id)]
-        return _cards(opened, as_choice(scale, ("linear", "log"), "linear"), chosen(opened)[0])
+        limits = limit_asked(big, DEFAULTS.size), limit_asked(times, DEFAULTS.ratio), limit_asked(dim, DEFAULTS.dimension)
+        more = [distribution_card(as_choice(state.get("range"), list(RANGES), "whole")), outlier_card(opened, *limits), channel_card(opened, inputs)]
+        return _cards(opened, as_choice(scale, ("linear", "log"), "linear"), chosen(opened)[0], more)
 
     def controls(opened: Trace) -> Any:
         return _pickers(opened, *chosen(opened)) if viewable_sites(opened) else None
@@ -70,7 +76,7 @@ def _pickers(trace: Trace, site: str, layer: int) -> html.Div:
     )
 
 
-def _cards(trace: Trace, scale: str, site: str) -> list[Any]:
+def _cards(trace: Trace, scale: str, site: str, more: list[Any]) -> list[Any]:
     scales: Any = [{"label": "Linear", "value": "linear"}, {"label": "Log", "value": "log"}]
     choose = dcc.Dropdown(scales, scale, id="norm-scale", clearable=False, searchable=False, className="picker-narrow")
     n_layers = len(trace.layers(site))
@@ -83,6 +89,7 @@ def _cards(trace: Trace, scale: str, site: str) -> list[Any]:
             card("Through depth", graph("act-statistics", height=230), "The chosen layer is dotted.", graph_tools("act-statistics", "statistics"),
                  list(ABOUT_STATISTICS), className="wide"),
             card("Statistics of each layer", html.Div(id="act-table", className="table-scroll table-tall"), html.Span("", id="act-bad"), className="wide"),
+            *more,
         )
     ]  # fmt: skip
 
@@ -140,4 +147,5 @@ def _inside(position: int | None, trace: Trace) -> int:
     return min(max(position or 0, 0), trace.n_tokens - 1)
 
 
-keep_url({"site": ("act-site", "value"), "layer": ("act-layer", "value"), "scale": ("norm-scale", "value")})
+keep_url({"site": ("act-site", "value"), "layer": ("act-layer", "value"), "scale": ("norm-scale", "value"), "range": ("band-range", "value"),
+          "inputs": ("channel-site", "value"), "big": ("outlier-size", "value"), "times": ("outlier-ratio", "value"), "dim": ("outlier-dimension", "value")})  # fmt: skip

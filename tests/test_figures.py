@@ -10,7 +10,10 @@ from backend.analysis.attention import reduce_max
 from components.figures import theme
 from components.figures.activations import norms_heatmap, statistics_lines, token_dimension_map
 from components.figures.attention import attention_pattern, head_heatmap
+from components.figures.attribution import cumulative_line, head_contributions, part_bars
+from components.figures.distributions import followed_lines, quantile_lines
 from components.figures.lens import depth_curves, lens_table, target_curves
+from components.figures.neurons import neuron_bars
 
 HOSTILE = '<a href="javascript:alert(1)">x</a><br>%{z}'
 RNG = np.random.default_rng(0)
@@ -86,6 +89,10 @@ def test_the_colour_of_attention_spans_probability_whatever_the_head_holds():
         lambda: token_dimension_map(*(lambda r: (r[0], r[1:]))(reduce_signed(np.ones((2, 3)), 9, 9)), [HOSTILE, "b"], 1.0),
         lambda: lens_table(np.ones((1, 2)), [[[HOSTILE], ["b"]]], np.zeros((1, 2, 1)), ["0"], [HOSTILE, "b"], following=["b", HOSTILE]),
         lambda: target_curves(np.zeros(2), np.zeros(2, int), ["embed", "0"], HOSTILE),
+        lambda: part_bars([HOSTILE, "L0"], np.zeros(1), np.zeros(2)),
+        lambda: cumulative_line([HOSTILE, "b"], np.zeros(2), 1.0),
+        lambda: neuron_bars(np.zeros(2), [HOSTILE, "b"], 0),
+        lambda: followed_lines(np.ones((1, 2)), [HOSTILE], [0, 1], [True], 100.0),
     ],
 )  # fmt: skip
 def test_token_text_never_reaches_plotly_as_markup_or_as_a_template(make):
@@ -202,3 +209,28 @@ def test_the_figures_colours_are_those_of_the_style_sheet():
 def test_arrays_travel_as_numbers_and_not_as_text():
     sent = attention_pattern(causal(40).astype(np.float16), ["t"] * 40).to_dict()["data"][0]["z"]
     assert sent["dtype"] == "f4"
+
+
+def test_heads_are_coloured_symmetrically_and_a_head_that_is_unknown_is_a_gap():
+    cells = head_contributions(np.array([[0.5, -2.0], [np.nan, 1.0]])).data[0]
+    assert (cells.zmin, cells.zmid, cells.zmax) == (-2, 0, 2) and np.isnan(cells.z[1, 0])
+    assert "nan" in cells.customdata[1, 0]
+
+
+def test_attention_s_bars_lie_in_the_rows_of_their_layers():
+    attention, other = part_bars(["embed", "L0", "L1"], np.array([1.0, 2.0]), np.array([9.0, 3.0, 4.0])).data
+    assert list(attention.y) == [1, 2] and list(other.y) == [0, 1, 2]
+
+
+def test_quantile_lines_hold_every_quantile_and_the_inner_range_leaves_the_extremes_out():
+    bands = np.array([[-100, -2, -1, 0, 1, 2, 100]] * 3, np.float32)
+    figure = quantile_lines(bands, ("min", "1 %", "25 %", "median", "75 %", "99 %", "max"), [0, 1, 2], whole=False)
+    assert {line.name: float(line.y[0]) for line in figure.data} == {"min": -100, "1 %": -2, "25 %": -1, "median": 0, "75 %": 1, "99 %": 2, "max": 100}
+    low, high = figure.layout.yaxis.range
+    assert -3 < low < -2 and 2 < high < 3
+
+
+def test_followed_values_are_drawn_by_size_and_hovered_as_they_are():
+    lines = followed_lines(np.array([[-5.0, 0.0, np.inf]]), ["a"], [0, 1, 2], [True], 100.0).data
+    np.testing.assert_array_equal(lines[0].y, [5, np.nan, np.inf])
+    assert list(lines[0].customdata) == ["-5", "0", "inf"]

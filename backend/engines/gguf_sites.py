@@ -39,6 +39,7 @@ class Architecture:
     norm             of the residual stream: RMS norm, or LayerNorm with a bias
     logit_divisor    metadata key, without the architecture, of what logits are divided by
     logit_softcap    likewise of the cap c in c tanh(logits / c)
+    residual_scale   likewise of the factor on what attention and MLP add to the residual stream
     window_period    layers l with l % period != period - 1 see a sliding window only; 0: no layer does
     """
 
@@ -46,6 +47,7 @@ class Architecture:
     norm: Literal["rms", "layer"] = "rms"
     logit_divisor: str = ""
     logit_softcap: str = ""
+    residual_scale: str = ""
     window_period: int = 0
 
 
@@ -157,7 +159,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "starcoder2": Architecture(_EMBEDDING + _ATTENTION + _ATTENTION_OUT + _ATTENTION_OUT_BIAS + _UNGATED_MLP + _OUTPUT, norm="layer"),
     # StableLM 2 12B has no second norm: attention and MLP read the same, and the sum of the first two is nothing that a block reads.
     "stablelm": Architecture(tuple(replace(node, beside="ffn_norm.weight") if node.site == "resid_mid" else node for node in _DENSE), norm="layer"),
-    "granite": Architecture(_DENSE + _SCALED, logit_divisor="logit_scale"),
+    "granite": Architecture(_DENSE + _SCALED, logit_divisor="logit_scale", residual_scale="residual_scale"),
     "gpt-oss": Architecture(_EMBEDDING + _ATTENTION + _ATTENTION_OUT + _GPT_OSS_BLOCK + _OUTPUT, window_period=2),
     "deepseek2": Architecture(_EMBEDDING + _DEEPSEEK_BLOCK + _OUTPUT),
 }

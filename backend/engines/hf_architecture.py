@@ -91,6 +91,7 @@ class Architecture:
     weights: Mapping[str, Weight]
     router: Router | None = None
     rotary: bool = True
+    norm: Literal["rms", "layer"] = "rms"  # of the residual stream: RMS norm, or LayerNorm with a bias
     logit_divisor: str = ""  # the configuration's name for what logits are divided by
     logit_softcap: str = ""  # the configuration's cap c in c tanh(logits / c)
     logit_scale: str = ""  # the configuration's name for what logits are multiplied with

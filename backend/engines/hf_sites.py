@@ -152,6 +152,7 @@ _PHI3 = replace(
 )
 _STARCODER2 = replace(
     _LLAMA,
+    norm="layer",
     places={**_BLOCK_PLACES, "mlp_pre": Place(f"{_MLP}.c_fc"), "mlp_post": Place(f"{_MLP}.c_proj", side="input")},
     weights={
         **_BLOCK_WEIGHTS,
@@ -162,6 +163,7 @@ _STARCODER2 = replace(
 )
 _STABLELM = replace(
     _LLAMA,
+    norm="layer",
     weights={
         **_LLAMA.weights,
         **_NORM_BIASES,
@@ -239,6 +241,7 @@ _GPT2 = Architecture(
     attention=f"{_H}.attn",
     final_norm="transformer.ln_f",
     unembed="lm_head",
+    norm="layer",
     places={
         "embed": Place("transformer.h.0", side="input"),  # tokens and positions
         "ln1_out": Place(f"{_H}.ln_1"),

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
-from components.figures.theme import LINES, MONO, colours, compact, diverging, escape, figure, number, scale_bar, sequential, span, template, token_ticks, with_scale
+from components.figures.theme import LINES, MONO, colours, compact, diverging, escape, figure, number, scale_bar, sequential, span, template, token_ticks, with_names, with_scale
 
 STATISTIC_TITLES = {
     "mean": "mean", "std": "standard deviation", "min": "min", "max": "max", "abs_max": "largest |x|", "sparsity": "share below 1e-5", "kurtosis": "kurtosis",
@@ -31,7 +31,8 @@ def norms_heatmap(norms: NDArray[np.floating], layers: Sequence[int | str], labe
     low = float(finite.min()) if log and len(finite) else 0.0
     high = float(finite.max()) if len(finite) else 1.0
     cells = go.Heatmap(z=compact(np.where(np.isfinite(shown), shown, np.nan)), customdata=hovers, hovertemplate="%{customdata}<extra></extra>", hoverongaps=True,
-                       zmin=low, zmax=high if high > low else low + 1, colorscale=sequential(theme), colorbar=bar, **_gaps(shown))  # fmt: skip
+                       name="log10 of the L2 norm" if log else "L2 norm", zmin=low, zmax=high if high > low else low + 1, colorscale=sequential(theme),
+                       colorbar=bar, **_gaps(shown))  # fmt: skip
     found = figure(theme, cells, **({"plot_bgcolor": colours(theme)["line"]} if _gaps(shown) else {}))
     if chosen is not None and chosen[0] in layers:
         row = list(layers).index(chosen[0])
@@ -40,6 +41,7 @@ def norms_heatmap(norms: NDArray[np.floating], layers: Sequence[int | str], labe
     found.update_xaxes(side="top", tickangle=-45, showgrid=False, zeroline=False, **token_ticks(labels))
     found.update_yaxes(showgrid=False, zeroline=False, tickmode="array", tickvals=list(range(0, len(layers), step)),
                        ticktext=[f"L{layer}" if isinstance(layer, int) else layer for layer in list(layers)[::step]])  # fmt: skip
+    with_names(found, labels, [f"L{layer}" if isinstance(layer, int) else layer for layer in layers])
     return with_scale(found, "L2 norm, log scale" if log else "L2 norm", theme)
 
 
@@ -64,6 +66,7 @@ def token_dimension_map(values: NDArray[np.floating], edges: tuple[NDArray[np.in
     found.update_yaxes(type="category", autorange="reversed", showgrid=False, tickmode="array", tickvals=row_names[::shown], ticktext=row_names[::shown],
                        tickfont={"family": MONO, "size": 11})  # fmt: skip
     found.update_xaxes(showgrid=False, zeroline=False, title="dimension", side="top")
+    with_names(found, [_dimension(*span(columns, i), head_width) for i in range(len(columns) - 1)], [_span_name(labels, *span(rows, i)) for i in range(len(rows) - 1)])
     if head_width:
         starts = list(range(0, int(columns[-1]), head_width))
         every = max(1, len(starts) // 16)
@@ -81,7 +84,7 @@ def statistics_lines(statistics: Mapping[str, NDArray[np.floating]], layers: Seq
     line = LINES["dark" if theme == "dark" else "light"][0]
     for i, name in enumerate(names):
         found.add_trace(
-            go.Scatter(x=list(layers), y=compact(statistics[name]), mode="lines+markers", line={"color": line, "width": 1.5}, marker={"size": 5},
+            go.Scatter(x=list(layers), y=compact(statistics[name]), mode="lines+markers", line={"color": line, "width": 1.5}, marker={"size": 5}, name=STATISTIC_TITLES[name],
                        hovertemplate=f"layer %{{x}}<br>{STATISTIC_TITLES[name]} %{{y:.5g}}<extra></extra>"),
             row=1, col=i + 1,
         )  # fmt: skip
@@ -106,9 +109,19 @@ def _norm_scale(norms: NDArray[np.floating], log: bool) -> tuple[NDArray[np.floa
     return shown, scale_bar(tickvals=[np.log10(mark) for mark in inside], ticktext=[f"{mark:g}" for mark in inside])
 
 
+def _dimension(first: int, last: int, head_width: int | None) -> str:
+    """A column's dimensions; of a site that has heads as head.dimension."""
+    one, other = (str(at) if head_width is None else f"{at // head_width}.{at % head_width}" for at in (first, last))
+    return one if first == last else f"{one} to {other}"
+
+
 def _row_name(labels: Sequence[str], first: int, last: int) -> str:
     """A unique name for a row, so that equal tokens stay apart on a category axis."""
-    return f"{first} {escape(labels[first])}" if first == last else f"{first}-{last} {escape(labels[first])}"
+    return escape(_span_name(labels, first, last))
+
+
+def _span_name(labels: Sequence[str], first: int, last: int) -> str:
+    return f"{first} {labels[first]}" if first == last else f"{first}-{last} {labels[first]}"
 
 
 def _gaps(values: NDArray[np.floating]) -> dict[str, int]:

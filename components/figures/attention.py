@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from components.figures.theme import colours, compact, escape, figure, scale_bar, sequential, span, token_ticks, with_scale
+from components.figures.theme import colours, compact, escape, figure, scale_bar, sequential, span, token_ticks, with_names, with_scale
 
 LARGEST = 256  # cells a side: more would be finer than the pixels of a card
 
@@ -39,7 +39,7 @@ def attention_pattern(
     shown = np.sqrt(values) if sqrt else values
     top = go.Heatmap(
         z=compact(shown), customdata=_hovers(values, labels, rows, columns), hovertemplate="%{customdata}<extra></extra>", hoverongaps=False,
-        zmin=0, zmax=1, colorscale=sequential(theme), colorbar=_probability_bar(sqrt),
+        name="square root of probability" if sqrt else "probability", zmin=0, zmax=1, colorscale=sequential(theme), colorbar=_probability_bar(sqrt),
     )  # fmt: skip
     row_labels = [labels[int(at)] for at in rows[:-1]]
     column_labels = [labels[int(at)] for at in columns[:-1]]
@@ -48,6 +48,7 @@ def attention_pattern(
     found.update_xaxes(side="top", tickangle=-45, showgrid=False, zeroline=False, range=[-0.5, side - 0.5], constrain="domain", **token_ticks(column_labels))
     found.update_yaxes(autorange=False, range=[side - 0.5, -0.5], showgrid=False, zeroline=False, scaleanchor="x", constrain="domain", constraintoward="top",
                        **token_ticks(row_labels))  # fmt: skip
+    with_names(found, [_place(labels, *span(columns, j)) for j in range(len(columns) - 1)], [_place(labels, *span(rows, i)) for i in range(len(rows) - 1)])
     return with_scale(found, "probability, square root scale" if sqrt else "probability", theme)
 
 
@@ -81,6 +82,11 @@ def _hovers(values: NDArray[np.floating], labels: Sequence[str], rows: Edges, co
     for i, j in zip(*np.nonzero(~np.isnan(values)), strict=True):
         out[i, j] = f"{queries[i]}<br>looks at {keys[j]}<br>{values[i, j]:.5f}"
     return out
+
+
+def _place(labels: Sequence[str], first: int, last: int) -> str:
+    """A row or column of the CSV: position and token, of a reduced cell the range of positions."""
+    return f"{first} {labels[first]}" if first == last else f"{first}-{last}"
 
 
 def _name(labels: Sequence[str], first: int, last: int) -> str:

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
-from components.figures.theme import LINES, MONO, colours, compact, escape, figure, number, scale_bar, sequential, template, token_ticks, with_scale
+from components.figures.theme import LINES, MONO, colours, compact, escape, figure, number, scale_bar, sequential, template, token_ticks, with_names, with_scale
 
 MODES = {
     "probability": "probability of the top token",
@@ -38,7 +38,7 @@ def lens_table(values: NDArray[np.floating], top_texts: Sequence[Sequence[Sequen
     cells = go.Heatmap(
         z=compact(shown), x=np.arange(first, first + len(labels), dtype=np.int32), text=written, texttemplate="%{text}", textfont={"family": MONO, "size": 11},
         customdata=hovers, hovertemplate="%{customdata}<extra></extra>", zmin=limits[0], zmax=limits[1], colorscale=sequential(theme), xgap=1, ygap=1,
-        colorbar=bar,
+        colorbar=bar, name="-log10 of the rank" if mode == "rank" else MODES[mode],
     )  # fmt: skip
     found = figure(theme, cells, plot_bgcolor=colours(theme)["line"])
     ticks = token_ticks(labels, most=len(labels))
@@ -47,6 +47,7 @@ def lens_table(values: NDArray[np.floating], top_texts: Sequence[Sequence[Sequen
     found.update_yaxes(showgrid=False, zeroline=False, tickmode="array", tickvals=list(range(len(rows))), ticktext=[row_label(r) for r in rows])
     if position is not None and first <= position < first + len(labels):
         found.add_shape(type="rect", x0=position - 0.5, x1=position + 0.5, y0=-0.5, y1=len(rows) - 0.5, line={"color": colours(theme)["accent"], "width": 2})
+    with_names(found, [f"{first + at} {label}" for at, label in enumerate(labels)], [row_label(r) for r in rows])
     return with_scale(found, f"{MODES[mode]}, log scale" if mode == "rank" else MODES[mode], theme)
 
 
@@ -63,7 +64,7 @@ def depth_curves(curves: Mapping[str, NDArray[np.floating]], rows: Sequence[str]
     at, names = list(range(len(rows))), [row_label(r) for r in rows]
     for i, (title, values) in enumerate(curves.items()):
         place = {"row": 1, "col": i + 1} if side_by_side else {"row": i + 1, "col": 1}
-        line = go.Scatter(x=at, y=compact(values), mode="lines+markers", line={"color": palette[i % len(palette)], "width": 2}, marker={"size": 6},
+        line = go.Scatter(x=at, y=compact(values), name=escape(title), mode="lines+markers", line={"color": palette[i % len(palette)], "width": 2}, marker={"size": 6},
                           customdata=names, hovertemplate="%{customdata}<br>%{y:.5g}<extra></extra>")  # fmt: skip
         found.add_trace(line, **place)
         axis = _rank_axis(values) if title in ranks else {"rangemode": "tozero", "nticks": 5}

@@ -102,6 +102,16 @@ def with_scale(found: go.Figure, title: str, theme: str) -> go.Figure:
     return found
 
 
+def with_names(found: go.Figure, x: Sequence[Any] = (), y: Sequence[Any] = ()) -> go.Figure:
+    """Names every place of an axis for the CSV and the table (assets/graph_data.js): the axis itself writes only those there is room for.
+
+    In the order of the data along that axis; escaped here, and taken apart again by what writes them.
+    """
+    named = {letter: [escape(str(name)) for name in names] for letter, names in (("x", x), ("y", y)) if len(names)}
+    found.update_layout(meta={**(found.layout.meta or {}), **named})
+    return found
+
+
 def escape(text: str) -> str:
     """Text that Plotly shows as it is: its pseudo-HTML (<b>, <a href>, <br>) is taken apart. Never put token text in a template string."""
     return html.escape(text, quote=False)
