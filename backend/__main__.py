@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from backend.commands import quantization, weights
+from backend.commands import generate, quantization, weights
 from backend.commands.graph import graph
 from backend.errors import LayerscopeError
 
@@ -242,6 +242,7 @@ def _register(path: Any) -> None:
     Library.from_settings(load_settings()).add(path)
 
 
+generate.register(app, _Bar, _register)
 weights.register(app, _Bar)
 quantization.register(app, _Bar)
 

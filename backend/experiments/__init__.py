@@ -33,6 +33,7 @@ class Context:
     traces_dir: Path
     library: Any  # backend.library.Library
     derived: Any  # backend.derived.Derived
+    live: Any = None  # backend.live.LiveRecords
     job_id: str = ""
     progress: Progress = no_progress
     should_stop: ShouldStop = never_stop
@@ -54,6 +55,7 @@ def _job(module: str, function: str) -> Experiment:
 
 KINDS: dict[str, Experiment] = {
     "capture": _job("capture", "capture_job"),
+    "generate": _job("generation", "generate_job"),
     "lens": _job("logit_lens", "lens_job"),
     "lens_target": _job("logit_lens", "lens_target_job"),
     "quantization": _job("quantization", "quantization_job"),
