@@ -1,4 +1,4 @@
-"""What the pages may reach: the shelf of models and traces, the job queue, the cache of derived arrays, the settings.
+"""What the pages may reach: the shelf of models and traces, the job queue, the cache of derived arrays, the settings, live records.
 
 `app.create_app` puts one `Services` object on the Flask server; pages and components ask for it with `services()`.
 """
@@ -21,6 +21,7 @@ class Services:
     jobs: Any
     derived: Any
     settings: Any
+    live: Any
 
 
 def services() -> Services:
