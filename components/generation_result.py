@@ -1,6 +1,6 @@
 """A finished generation, step by step: a slider over the written tokens; at each, where a head looked, how large the stream was, what could have come.
 
-Everything is read from the trace. The chosen step lies in the slider `gen-step`, the head in `chosen-head` (components.heads).
+Everything is read from the trace. The chosen step lies in the slider `gen-step`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from components.card import card, cards
 from components.figures.generation import attention_row, depth_norms
 from components.figures.theme import no_figure
 from components.graph import graph, graph_tools
-from components.heads import head_picker
 from components.services import services
 from components.site_summary import site_summary
 from components.states import empty, missing
@@ -54,9 +53,20 @@ def _links(trace: Trace) -> html.Div:
     return html.Div(links, className="controls")
 
 
+def _head_picker(trace: Trace, layer: int, head: int) -> html.Div:
+    """Ids of its own: callbacks of the Attention page listen to those of components.heads."""
+    names = {"Layer": ("gen-layer", trace.layers("attn_pattern"), layer), "Head": ("gen-head", list(range(trace.info.n_heads)), head)}
+    pickers = []
+    for label, (name, values, chosen) in names.items():
+        options: Any = [{"label": str(v), "value": v} for v in values]
+        choose = dcc.Dropdown(options, chosen, id=name, clearable=False, searchable=len(values) > 12, className="picker-narrow")
+        pickers.append(html.Label([html.Span(label), choose]))
+    return html.Div(pickers, className="controls")
+
+
 def _step_cards(trace: Trace, layer: int, head: int) -> list[Any]:
     if trace.has("attn_pattern"):
-        body, tools = graph("gen-attention", height=250), [head_picker(trace, layer, head), *graph_tools("gen-attention", "attention-row")]
+        body, tools = graph("gen-attention", height=250), [_head_picker(trace, layer, head), *graph_tools("gen-attention", "attention-row")]
         row = card(html.Span("", id="gen-attention-title"), body, "Blue: the prompt. Orange: what was written before.", tools, list(ABOUT_ROW), className="wide")
     else:
         row = card("Where a head looks", missing("attn_pattern", trace.id), className="wide")
@@ -86,7 +96,7 @@ def show_step(step: int | None, theme: str, page: dict[str, Any]):
     trace, at = _opened(page, step)
     written = token_label(trace.token_texts[at + 1], at + 1 in trace.special, 24)
     probability = float(np.exp(trace.next_logprobs[at]))
-    how = f"probability {probability:.3f}, rank {trace.next_ranks[at] + 1:,}, entropy {trace.entropy[at]:.2f} nats"
+    how = f"probability {probability:.3g}, rank {trace.next_ranks[at] + 1:,}, entropy {trace.entropy[at]:.2f} nats"
     said = f"Step {at + 2 - trace.n_prompt} writes {written} at position {at + 1}: {how}"
     sites = [site for site in _NORM_SITES if trace.has(site)]
     layers = trace.layers(sites[0]) if sites else []
@@ -97,11 +107,10 @@ def show_step(step: int | None, theme: str, page: dict[str, Any]):
 
 @callback(
     Output("gen-attention", "figure"), Output("gen-attention-title", "children"),
-    Input("gen-step", "value"), Input("chosen-head", "data"), Input("theme", "data"), State("page-state", "data"),
+    Input("gen-step", "value"), Input("gen-layer", "value"), Input("gen-head", "value"), Input("theme", "data"), State("page-state", "data"),
 )  # fmt: skip
-def show_attention(step: int | None, chosen: dict[str, int], theme: str, page: dict[str, Any]):
+def show_attention(step: int | None, layer: int, head: int, theme: str, page: dict[str, Any]):
     trace, at = _opened(page, step)
-    layer, head = chosen["layer"], chosen["head"]
     title = f"Where head {layer}.{head} looks from {token_label(trace.token_texts[at], at in trace.special, 20)} (position {at})"
     heads, rows = trace.kept("attn_pattern", layer)
     if head not in heads or not rows[0] <= at < rows[1]:
@@ -123,4 +132,4 @@ def _next_table(trace: Trace, at: int) -> html.Table:
     return html.Table([head, html.Tbody(rows)], className="ls-table compact")
 
 
-keep_url({"step": ("gen-step", "value"), "layer": ("chosen-head", "data", "layer"), "head": ("chosen-head", "data", "head")})
+keep_url({"step": ("gen-step", "value"), "layer": ("gen-layer", "value"), "head": ("gen-head", "value")})
