@@ -17,6 +17,7 @@ from types import FrameType
 import dash
 import waitress
 
+from backend.batches import Batches
 from backend.derived import Derived
 from backend.errors import LayerscopeError
 from backend.jobs.records import Jobs
@@ -56,7 +57,7 @@ def create_app(settings: Settings) -> dash.Dash:
     app.layout = shell
     library = Library.from_settings(settings)
     derived = Derived(settings.data_dir / "cache", settings.derived_cache_mb << 20)
-    app.server.config[SERVER_KEY] = Services(library, Jobs(settings), derived, settings, LiveRecords(settings.data_dir))
+    app.server.config[SERVER_KEY] = Services(library, Jobs(settings), derived, settings, LiveRecords(settings.data_dir), Batches(settings.data_dir))
     add_routes(app.server)
     guard(app.server, settings.allowed_hosts, settings.max_body_mb << 20, app.csp_hashes)
     return app

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Mapping
 
+from backend.batches import Batches
 from backend.derived import Derived
 from backend.errors import Cancelled, LayerscopeError
 from backend.experiments import KINDS, Context, Experiment
@@ -108,7 +109,8 @@ class Worker:
         link = _Link(self.jobs, job.id)
         derived = Derived(self.settings.data_dir / "cache", self.settings.derived_cache_mb << 20)
         return Context(engine=self.engine, traces_dir=self.library.traces_dir, library=self.library, derived=derived, job_id=job.id,
-                       live=LiveRecords(self.settings.data_dir), progress=link.progress, should_stop=link.should_stop)  # fmt: skip
+                       live=LiveRecords(self.settings.data_dir), batches=Batches(self.settings.data_dir), progress=link.progress,
+                       should_stop=link.should_stop)  # fmt: skip
 
 
 class _Link:

@@ -34,6 +34,7 @@ class Context:
     library: Any  # backend.library.Library
     derived: Any  # backend.derived.Derived
     live: Any = None  # backend.live.LiveRecords
+    batches: Any = None  # backend.batches.Batches
     job_id: str = ""
     progress: Progress = no_progress
     should_stop: ShouldStop = never_stop
@@ -56,6 +57,8 @@ def _job(module: str, function: str) -> Experiment:
 KINDS: dict[str, Experiment] = {
     "capture": _job("capture", "capture_job"),
     "generate": _job("generation", "generate_job"),
+    "batch": _job("batch", "batch_job"),
+    "aggregate": _job("batch", "aggregate_job"),
     "lens": _job("logit_lens", "lens_job"),
     "lens_target": _job("logit_lens", "lens_target_job"),
     "quantization": _job("quantization", "quantization_job"),
