@@ -138,10 +138,14 @@ class Batches:
         with self._connection() as db:
             return [row[0] for row in db.execute(query, (batch_id, category, category))]
 
-    def started(self, batch_id: str, job_id: str) -> None:
-        """A job begins it or goes on with it; prompts that failed are tried again."""
+    def assigned(self, batch_id: str, job_id: str) -> None:
+        """The job that is to run it."""
         with self._connection() as db:
             db.execute("UPDATE batches SET job_id = ? WHERE id = ?", (job_id, batch_id))
+
+    def started(self, batch_id: str) -> None:
+        """It begins or goes on: prompts that failed are tried again."""
+        with self._connection() as db:
             db.execute("UPDATE prompts SET error = '' WHERE batch_id = ?", (batch_id,))
 
     def done(self, item: Item, n_tokens: int, logprob: float | None, entropy: float | None) -> None:

@@ -23,7 +23,7 @@ def batch_job(context: Context, params: dict[str, Any]) -> dict[str, Any]:
     """
     batches: Batches = context.batches
     batch = batches.get(params["batch_id"])
-    batches.started(batch.id, context.job_id)
+    batches.started(batch.id)
     context.progress("loading model", 0, 1)
     engine = context.engine(batch.model, {})
     spec = spec_of(batch.settings)
