@@ -15,6 +15,7 @@ from backend.aggregates import NORM_SITES, Aggregates
 from backend.analysis.aggregate import Moments, difference
 from backend.batches import Batch
 from backend.errors import LayerscopeError
+from components.batch_results import perplexity
 from components.card import card, cards
 from components.controls import field
 from components.figures.aggregate import Group, depth_bands, head_aggregate
@@ -198,7 +199,7 @@ def _prediction_table(found: dict[str, dict[str, Moments]], names: dict[str, str
             cells.append(_with_spread(float(gap), float(spread), sign="+"))
         rows.append(_line(title, cells))
         if name == "logprob":
-            rows.append(_line("Perplexity", [f"{math.exp(min(-float(moments[name].mean), 700)):,.4g}" for moments in found.values()] + [""] * both))
+            rows.append(_line("Perplexity", [perplexity(float(moments[name].mean)) for moments in found.values()] + [""] * both))
     rows.append(_line("Prompts", [f"{int(moments['logprob'].count):,}" for moments in found.values()] + [""] * both))
     return html.Table([html.Thead(head), html.Tbody(rows)], className="ls-table compact")
 

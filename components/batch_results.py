@@ -32,12 +32,18 @@ def _row(item: Item) -> html.Tr:
     numbers = [
         f"{item.n_tokens}" if item.n_tokens is not None else "",
         "" if item.logprob is None else f"{item.logprob:.3f}",
-        "" if item.logprob is None else f"{math.exp(min(-item.logprob, 700)):,.4g}",
+        "" if item.logprob is None else perplexity(item.logprob),
         "" if item.entropy is None else f"{item.entropy:.3f}",
     ]
     way = dcc.Link("Open", href=f"/trace?trace={item.trace_id}", className="btn btn-outline-secondary") if item.trace_id else html.Span("waiting", className="muted small")
     cells = [html.Td(number, className="num nowrap") for number in numbers]
     return html.Tr([*first, html.Td(link, className="cut mono"), html.Td(item.prompt.category), *cells, html.Td(way, className="num")])
+
+
+def perplexity(logprob: float) -> str:
+    """exp of minus a mean log-probability, written so that columns compare."""
+    value = math.exp(min(-logprob, 700))
+    return f"{value:,.2f}" if value < 1e6 else f"{value:.2e}"
 
 
 def page_buttons(at: int, n: int) -> Any:

@@ -57,8 +57,8 @@ def _one(batch: Batch, page: str | None, asked: dict[str, str]) -> html.Div:
     last = max(batch.n - 1, 0) // PAGE_SIZE
     stores = [dcc.Store(id="batch-id", data=batch.id), dcc.Store(id="batch-stand"), dcc.Store(id="batch-page", data={"value": str(as_int(page, 0, 0, last))})]
     resume = html.Button("Go on with the rest", id="batch-resume", className="btn btn-primary", type="button", hidden=True)
-    progress = [html.Div(id="batch-progress"), html.Div(resume, className="form-foot")]
-    results = [html.Div(id="batch-results"), html.Div(id="batch-pages", className="form-foot")]
+    progress = [html.Div(id="batch-progress"), html.Div(resume, className="form-foot batch-foot")]
+    results = [html.Div(id="batch-results"), html.Div(id="batch-pages", className="form-foot batch-foot")]
     name = batch.name or f"batch {batch.id}"
     links = [
         dcc.Link("In the library", href=f"/library?search={batch.tag}", className="btn btn-outline-secondary"),
@@ -134,7 +134,7 @@ def follow(_: Any, clicks: int | None, batch_id: str, before: dict[str, int] | N
     rest = batch.n_waiting + batch.n_failed
     stand = {"done": batch.n_done, "failed": batch.n_failed, "active": active}
     panel = job_panel(job) if job is not None else html.Div(batch_words(batch), className="muted")
-    label = f"Go on with the other {rest:,}" if batch.n_waiting else f"Try the {rest:,} that failed again"
+    label = f"Go on with the remaining {rest:,}" if batch.n_waiting else "Try the failed prompts again"
     return panel, active or not rest, label, no_update if stand == before else stand, batch_words(batch)
 
 
