@@ -40,9 +40,15 @@ def job_panel(job: Any) -> html.Div:
     if job.is_active:
         label = "Cancelling" if job.cancel_at else "Cancel"
         head.append(set_button(label, "cancel-job", job.id, disabled=bool(job.cancel_at)))
-    elif job.state == "done" and job.result.get("trace_id"):
-        head.append(dcc.Link(["Open", icon("arrow-right")], href=f"/trace?trace={job.result['trace_id']}", className="btn btn-outline-secondary"))
+    elif job.state == "done" and (href := result_page(job)):
+        head.append(dcc.Link(["Open", icon("arrow-right")], href=href, className="btn btn-outline-secondary"))
     return html.Div([html.Div(head, className="job-head"), _progress(job) if job.is_active else None, _ending(job)], className="job")
+
+
+def result_page(job: Any) -> str:
+    """Where the result of a job is shown; "" if it has no page of its own."""
+    pages = {"trace_id": "/trace?trace=", "batch_id": "/batch?batch="}
+    return next((f"{address}{job.result[key]}" for key, address in pages.items() if job.result.get(key)), "")
 
 
 def state_badge(state: str) -> html.Span:
