@@ -36,7 +36,7 @@ _MOST_TRACES = 2000
 ABOUT_HEADS = [
     html.P("The mean over prompts of each head's score, as the captures computed them; every prompt counts once, and prompts where a score does not exist are left out of it."),
     html.P("A − B: blue where B is larger, red where A is. The hover gives the standard error sqrt(s²_A/n_A + s²_B/n_B) (Welch 1947): a difference of less than "
-           "two of them may be chance."),
+           "two of them may be chance. It takes the groups for independent: where one holds the other, as all prompts hold a category, it is rough."),
     *(html.P([html.B(title), f": {text}."]) for title, _, text in METRIC_TEXTS.values()),
 ]
 ABOUT_DEPTH = (
@@ -90,7 +90,8 @@ def _categories(batch: Batch, scope: str) -> list[str]:
 def _trace_ids(batch: Batch, scope: str, category: str | None) -> list[str]:
     """Oldest first, so that a group that grows keeps its beginning."""
     if scope == "batch":
-        return list(services().batches.trace_ids(batch.id, category or ""))
+        present = {trace.id for trace in services().library.traces(search=batch.tag, limit=_MOST_TRACES)}  # a trace may have been deleted since
+        return [trace_id for trace_id in services().batches.trace_ids(batch.id, category or "") if trace_id in present]
     return [trace.id for trace in services().library.traces(model=batch.model, category=category or "", limit=_MOST_TRACES)][::-1]
 
 

@@ -107,7 +107,7 @@ def batch_form(model: str | None) -> html.Div:
             html.Div(
                 [
                     field("Sites to capture", dcc.Dropdown([name for name in STORED_SITES if name != "logits"], DEFAULT_SITES, id="batch-sites", multi=True),
-                          "resid_post and attn_pattern give every aggregate below", id="batch-sites"),
+                          "these two give head scores, norms and the lens", id="batch-sites"),
                     field("New tokens", dcc.Input(id="batch-new", type="number", min=0, max=MAX_NEW, step=1, value=0, className="text-input"), "after each prompt, greedily",
                           id="batch-new"),
                 ],

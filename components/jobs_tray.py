@@ -34,13 +34,13 @@ def jobs_tray() -> html.Div:
     )
 
 
-def job_panel(job: Any) -> html.Div:
-    """One job: title, state, a bar, stage with n of m, elapsed and remaining time, cancel or the way to its trace."""
+def job_panel(job: Any, leads_on: bool = True) -> html.Div:
+    """One job: title, state, a bar, stage with n of m, elapsed and remaining time, cancel or, if it `leads_on`, the way to its result."""
     head: list[Any] = [html.Span(job.title, className="job-title", title=job.title), state_badge(job.state)]
     if job.is_active:
         label = "Cancelling" if job.cancel_at else "Cancel"
         head.append(set_button(label, "cancel-job", job.id, disabled=bool(job.cancel_at)))
-    elif job.state == "done" and (href := result_page(job)):
+    elif leads_on and job.state == "done" and (href := result_page(job)):
         head.append(dcc.Link(["Open", icon("arrow-right")], href=href, className="btn btn-outline-secondary"))
     return html.Div([html.Div(head, className="job-head"), _progress(job) if job.is_active else None, _ending(job)], className="job")
 

@@ -76,6 +76,15 @@ def _one(batch: Batch, page: str | None, asked: dict[str, str]) -> html.Div:
     )
 
 
+def _formats() -> html.Div:
+    """What a file may look like."""
+    examples = {
+        "prompts.csv": 'prompt,category,tags\n"The capital of France is",capital,geo;easy\n"7 plus 5 equals",sum,',
+        "prompts.jsonl": '{"prompt": "The capital of France is", "category": "capital", "tags": ["geo"]}\n{"prompt": "def add(a, b):\\n    return a", "category": "code"}',
+    }
+    return html.Div([html.Div([html.Div(name, className="field-label"), html.Pre(text)]) for name, text in examples.items()], className="formats")
+
+
 @callback(
     Output("batch-preview", "children"), Output("batch-preview-words", "children"), Output("batch-file-name", "children"), Output("batch-remove", "hidden"),
     Input("batch-text", "value"), Input("batch-upload", "contents"), State("batch-upload", "filename"),
@@ -83,7 +92,7 @@ def _one(batch: Batch, page: str | None, asked: dict[str, str]) -> html.Div:
 def show_preview(text: str | None, upload: str | None, filename: str | None) -> tuple[Any, str, Any, bool]:
     said = (filename or "")[-80:] if upload else "Drop a .csv, .jsonl or .txt file here, or click to choose one"
     if not upload and not (text or "").strip():
-        return empty("No prompts yet", "Paste them, one a line, or choose a file; what was read appears here.", symbol="blocks"), "", said, True
+        return [empty("No prompts yet", "Paste them, one a line, or choose a file; what was read appears here.", symbol="blocks"), _formats()], "", said, True
     shown, words = preview_or_error(text, upload, filename)
     return shown, words, said, not upload
 
@@ -133,7 +142,7 @@ def follow(_: Any, clicks: int | None, batch_id: str, before: dict[str, int] | N
     active = job is not None and job.is_active
     rest = batch.n_waiting + batch.n_failed
     stand = {"done": batch.n_done, "failed": batch.n_failed, "active": active}
-    panel = job_panel(job) if job is not None else html.Div(batch_words(batch), className="muted")
+    panel = job_panel(job, leads_on=False) if job is not None else html.Div(batch_words(batch), className="muted")
     label = f"Go on with the remaining {rest:,}" if batch.n_waiting else "Try the failed prompts again"
     return panel, active or not rest, label, no_update if stand == before else stand, batch_words(batch)
 
