@@ -17,11 +17,13 @@ from types import FrameType
 import dash
 import waitress
 
+from backend.batches import Batches
 from backend.derived import Derived
 from backend.errors import LayerscopeError
 from backend.jobs.records import Jobs
 from backend.jobs.worker_process import WorkerKeeper
 from backend.library import Library
+from backend.live import LiveRecords
 from backend.web_guard import guard
 from components.routes import add_routes
 from components.services import SERVER_KEY, Services
@@ -55,7 +57,7 @@ def create_app(settings: Settings) -> dash.Dash:
     app.layout = shell
     library = Library.from_settings(settings)
     derived = Derived(settings.data_dir / "cache", settings.derived_cache_mb << 20)
-    app.server.config[SERVER_KEY] = Services(library, Jobs(settings), derived, settings)
+    app.server.config[SERVER_KEY] = Services(library, Jobs(settings), derived, settings, LiveRecords(settings.data_dir), Batches(settings.data_dir))
     add_routes(app.server)
     guard(app.server, settings.allowed_hosts, settings.max_body_mb << 20, app.csp_hashes)
     return app

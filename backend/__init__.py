@@ -56,13 +56,13 @@ class Model:
               layers: Sequence[int] | None = None, heads: Sequence[tuple[int, int]] | None = None, rows: tuple[int, int] | None = None,
               max_new_tokens: int = 0, interventions: Sequence[Intervention] = (),
               category: str = "", tags: Sequence[str] = (), precision: Literal["float16", "float32"] = "float16",
-              out: str | Path | None = None, sampling: Any = None, progress: Any = None) -> Trace:  # fmt: skip
+              out: str | Path | None = None, sampling: Any = None, progress: Any = None, listener: Any = None) -> Trace:  # fmt: skip
         """Run a prompt (or token ids) and return its trace, published in the traces folder or in the folder `out`.
 
         sites: names or aliases (None: the standard set), and native tensors as "native:NAME" (see `nodes`); layers: which layers (None: all).
         heads: (layer, head) pairs, and rows: query positions from rows[0] to before rows[1], limit what is kept of attention maps: what a
-        long prompt needs. precision "float32" stores every value as computed. Raises LayerscopeError in one sentence for anything the
-        caller can mend.
+        long prompt needs. precision "float32" stores every value as computed. listener: told each new token as it is written, and may end the
+        generation (backend.experiments.generation.Listener). Raises LayerscopeError in one sentence for anything the caller can mend.
         """
         from backend.engines import Sampling
         from backend.errors import LayerscopeError
@@ -86,7 +86,7 @@ class Model:
             tags=tuple(tags),
             precision=precision,
         )
-        return Trace(capture(self.engine, spec, Path(out) if out else self._traces_dir, progress=progress or no_progress))
+        return Trace(capture(self.engine, spec, Path(out) if out else self._traces_dir, progress=progress or no_progress, listener=listener))
 
     def graph(self, n_tokens: int = 8) -> ModelGraph:
         """Every node of one forward pass as it is really executed, with its sources; see backend.reports.model_graph."""

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from backend.commands import quantization, weights
+from backend.commands import batch, generate, quantization, weights
 from backend.commands.attribution import attribute
 from backend.commands.graph import graph
 from backend.errors import LayerscopeError
@@ -237,13 +237,20 @@ def _one_of(what: str, value: str, choices: tuple[str, ...]) -> Any:
     return value
 
 
-def _register(path: Any) -> None:
-    from backend.library import Library
+def _settings() -> Any:
     from config import load_settings
 
-    Library.from_settings(load_settings()).add(path)
+    return load_settings()
 
 
+def _register(path: Any) -> None:
+    from backend.library import Library
+
+    Library.from_settings(_settings()).add(path)
+
+
+generate.register(app, _Bar, _register)
+batch.register(app, _Bar, _settings)
 weights.register(app, _Bar)
 quantization.register(app, _Bar)
 

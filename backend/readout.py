@@ -13,8 +13,8 @@ from typing import Any
 from backend.analysis.attribution import Ending
 from backend.engines import gguf_sites, hf_sites
 from backend.errors import LayerscopeError
-from backend.files.gguf_header import read_header
 from backend.files.bounded_json import read_json
+from backend.files.gguf_header import read_header
 from backend.files.hf_config import CONFIG_LIMIT
 from backend.weights import Weights, open_weights
 

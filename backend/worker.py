@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Mapping
 
+from backend.batches import Batches
 from backend.derived import Derived
 from backend.errors import Cancelled, LayerscopeError
 from backend.experiments import KINDS, Context, Experiment
@@ -23,6 +24,7 @@ from backend.jobs.supervisor import Supervisor
 from backend.jobs.warm_engine import WarmEngine
 from backend.jobs.worker_process import PARENT_VARIABLE
 from backend.library import Library
+from backend.live import LiveRecords
 from backend.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -107,7 +109,8 @@ class Worker:
         link = _Link(self.jobs, job.id)
         derived = Derived(self.settings.data_dir / "cache", self.settings.derived_cache_mb << 20)
         return Context(engine=self.engine, traces_dir=self.library.traces_dir, library=self.library, derived=derived, job_id=job.id,
-                       progress=link.progress, should_stop=link.should_stop)  # fmt: skip
+                       live=LiveRecords(self.settings.data_dir), batches=Batches(self.settings.data_dir), progress=link.progress,
+                       should_stop=link.should_stop)  # fmt: skip
 
 
 class _Link:

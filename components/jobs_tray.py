@@ -16,7 +16,7 @@ from components.services import services
 SHOWN_AFTER_END_S = 12.0
 FAST_MS, SLOW_MS = 500, 2500
 # Pages that show their jobs themselves, and the page that a run ends on.
-OWN_PANEL = ("/", "/jobs", "/trace", "/quantization")
+OWN_PANEL = ("/", "/jobs", "/trace", "/quantization", "/generate", "/batch")
 
 BADGES = {"queued": "plain", "running": "accent", "done": "ok", "failed": "bad", "cancelled": "warn", "timed_out": "bad", "crashed": "bad"}
 
@@ -34,15 +34,21 @@ def jobs_tray() -> html.Div:
     )
 
 
-def job_panel(job: Any) -> html.Div:
-    """One job: title, state, a bar, stage with n of m, elapsed and remaining time, cancel or the way to its trace."""
+def job_panel(job: Any, leads_on: bool = True) -> html.Div:
+    """One job: title, state, a bar, stage with n of m, elapsed and remaining time, cancel or, if it `leads_on`, the way to its result."""
     head: list[Any] = [html.Span(job.title, className="job-title", title=job.title), state_badge(job.state)]
     if job.is_active:
         label = "Cancelling" if job.cancel_at else "Cancel"
         head.append(set_button(label, "cancel-job", job.id, disabled=bool(job.cancel_at)))
-    elif job.state == "done" and job.result.get("trace_id"):
-        head.append(dcc.Link(["Open", icon("arrow-right")], href=f"/trace?trace={job.result['trace_id']}", className="btn btn-outline-secondary"))
+    elif leads_on and job.state == "done" and (href := result_page(job)):
+        head.append(dcc.Link(["Open", icon("arrow-right")], href=href, className="btn btn-outline-secondary"))
     return html.Div([html.Div(head, className="job-head"), _progress(job) if job.is_active else None, _ending(job)], className="job")
+
+
+def result_page(job: Any) -> str:
+    """Where the result of a job is shown; "" if it has no page of its own."""
+    pages = {"trace_id": "/trace?trace=", "batch_id": "/batch?batch="}
+    return next((f"{address}{job.result[key]}" for key, address in pages.items() if job.result.get(key)), "")
 
 
 def state_badge(state: str) -> html.Span:

@@ -43,6 +43,9 @@ class RunRequest:
     category: str
     temperature: float
     seed: int
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> RunRequest:
@@ -69,13 +72,17 @@ class RunRequest:
             category=category,
             temperature=_number(values.get("temperature"), "Temperature", 0, 10),
             seed=int(_number(values.get("seed"), "Seed", 0, 2**31 - 1)),
+            top_k=int(_number(values.get("top_k", 0), "Top-k", 0, 2**31 - 1)),
+            top_p=_number(values.get("top_p", 1), "Top-p", 0, 1),
+            min_p=_number(values.get("min_p", 0), "Min-p", 0, 1),
         )
 
     def params(self) -> dict[str, Any]:
         """The parameters of a capture job."""
         sites = list(self.sites) if self.sites else None
         layers = list(self.layers) if self.layers is not None else None
-        chosen = {"temperature": self.temperature, "seed": self.seed, "precision": self.precision, "category": self.category}
+        sampling = {"temperature": self.temperature, "seed": self.seed, "top_k": self.top_k, "top_p": self.top_p, "min_p": self.min_p}
+        chosen = {**sampling, "precision": self.precision, "category": self.category}
         kept = {"sites": sites, "layers": layers, "heads": self.heads, "rows": self.rows}
         return {"model": self.model, "prompt": self.prompt, "max_new_tokens": self.max_new_tokens, **kept, **chosen}
 

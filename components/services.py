@@ -1,4 +1,5 @@
-"""What the pages may reach: the shelf of models and traces, the job queue, the cache of derived arrays, the settings.
+"""What the pages may reach: the shelf of models and traces, the job queue, the cache of derived arrays, the settings, live records,
+batches.
 
 `app.create_app` puts one `Services` object on the Flask server; pages and components ask for it with `services()`.
 """
@@ -21,6 +22,8 @@ class Services:
     jobs: Any
     derived: Any
     settings: Any
+    live: Any
+    batches: Any
 
 
 def services() -> Services:

@@ -10,7 +10,7 @@ from dash import Input, Output, callback, dcc, html
 
 from components.card import card
 from components.controls import set_button
-from components.jobs_tray import duration, progress_words, state_badge
+from components.jobs_tray import duration, progress_words, result_page, state_badge
 from components.services import services
 from components.states import empty
 from components.trace_view import one_line, short_date
@@ -46,8 +46,8 @@ def _row(job: Any) -> html.Tr:
         action: Any = set_button("Cancelling" if job.cancel_at else "Cancel", "cancel-job", job.id, disabled=bool(job.cancel_at))
     else:
         stage = html.Span(job.error, className="bad") if job.error else f"after {job.stage}" if job.state == "cancelled" and job.stage else ""
-        trace_id = job.result.get("trace_id")
-        action = dcc.Link("Open", href=f"/trace?trace={trace_id}", className="btn btn-outline-secondary") if trace_id else None
+        href = result_page(job)
+        action = dcc.Link("Open", href=href, className="btn btn-outline-secondary") if href else None
     started = short_date(datetime.fromtimestamp(job.started_at or job.created_at, UTC).isoformat())
     cells = [state_badge(job.state), html.Div([html.Div(one_line(job.title, 110)), html.Div(job.kind.replace("_", " "), className="muted small")]), stage]
     times = [html.Td(started, className="nowrap"), html.Td(duration(job.elapsed_s), className="num nowrap")]

@@ -11,7 +11,17 @@ from pathlib import Path
 from playwright.sync_api import Page, sync_playwright
 
 WIDTHS, THEMES, HEIGHT = (1440, 1024), ("light", "dark"), 1000
-RUN_PAGES = {"home": "/", "library": "/library", "jobs": "/jobs", "weights": "/weights", "architecture": "/architecture", "graph": "/graph", "quantization": "/quantization"}
+RUN_PAGES = {
+    "home": "/",
+    "generate": "/generate",
+    "batch": "/batch",
+    "library": "/library",
+    "jobs": "/jobs",
+    "weights": "/weights",
+    "architecture": "/architecture",
+    "graph": "/graph",
+    "quantization": "/quantization",
+}
 TRACE_PAGES = {"trace": "/trace", "attention": "/attention", "activations": "/activations", "lens": "/lens"}
 CHROMIUM = "/usr/bin/chromium"
 

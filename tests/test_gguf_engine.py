@@ -331,7 +331,7 @@ def test_generating_over_the_cache_chooses_what_full_passes_choose(engine: GgufE
         if expected[-1] == engine.info.eos_id:
             break
     heard: list[int] = []
-    assert engine.generate(IDS, 6, Sampling(), heard.append, edits) == expected == heard
+    assert engine.generate(IDS, 6, Sampling(), lambda step: heard.append(step.token), edits) == expected == heard
 
 
 def test_generation_stops_after_the_end_of_sequence_token(llama: GgufEngine) -> None:
@@ -360,7 +360,7 @@ def test_a_run_stops_at_the_next_layer_when_asked_and_the_engine_stays_usable(en
     assert layers == [0]
     asked: list[int] = []
     with pytest.raises(Cancelled):
-        engine.generate(IDS, 50, Sampling(), asked.append, should_stop=lambda: len(asked) == 3)
+        engine.generate(IDS, 50, Sampling(), lambda step: asked.append(step.token), should_stop=lambda: len(asked) == 3)
     assert len(asked) == 3
     assert np.array_equal(logits_with(engine, ids=IDS), values["logits", None])
 

@@ -466,7 +466,7 @@ def test_generating_over_the_cache_is_the_same_as_running_everything_again(engin
     """With edits at absolute positions too: an edited key must stay edited in the cache."""
     edits = () if site is None else (Intervention(site, 1, "scale", -2.0, pos=(3, 7)),)
     heard: list[int] = []
-    new = engine.generate(IDS, 6, Sampling(), heard.append, edits)
+    new = engine.generate(IDS, 6, Sampling(), lambda step: heard.append(step.token), edits)
     assert new == heard == greedy_by_full_passes(engine, len(new), *edits)
     assert len(new) == 6 or new[-1] == engine.info.eos_id
     assert no_hooks(engine)

@@ -16,13 +16,13 @@ LOGITS = np.log(PROBS).astype(np.float32) + 7
 
 def support(sampling: Sampling) -> set[int]:
     rng = np.random.default_rng(0)
-    return {choose(LOGITS, sampling, rng) for _ in range(600)}
+    return {choose(LOGITS, sampling, rng).token for _ in range(600)}
 
 
 def test_temperature_zero_takes_the_best_and_the_lowest_id_among_equals() -> None:
     rng = np.random.default_rng(0)
-    assert choose(LOGITS, Sampling(), rng) == 1
-    assert choose(np.array([1.0, 5.0, 5.0], dtype=np.float32), Sampling(), rng) == 1
+    assert choose(LOGITS, Sampling(), rng) == (1, 1.0)
+    assert choose(np.array([1.0, 5.0, 5.0], dtype=np.float32), Sampling(), rng).token == 1
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_the_cuts_keep_exactly_the_tokens_of_their_definition(sampling: Sampling
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_tokens_are_drawn_in_proportion_to_the_tempered_probabilities(temperature: float) -> None:
     rng, n = np.random.default_rng(3), 20_000
-    counts = np.bincount([choose(LOGITS, Sampling(temperature=temperature), rng) for _ in range(n)], minlength=5)
+    counts = np.bincount([choose(LOGITS, Sampling(temperature=temperature), rng).token for _ in range(n)], minlength=5)
     expected = PROBS ** (1 / temperature) / (PROBS ** (1 / temperature)).sum()
     assert np.abs(counts / n - expected).max() < 4 * np.sqrt(0.25 / n)  # four standard errors
 
@@ -55,7 +55,7 @@ def test_tokens_are_drawn_in_proportion_to_the_tempered_probabilities(temperatur
 def test_a_token_that_the_model_forbids_is_never_drawn() -> None:
     logits = np.array([0.0, -np.inf, 0.0], dtype=np.float32)
     rng = np.random.default_rng(0)
-    assert {choose(logits, Sampling(temperature=50.0), rng) for _ in range(200)} == {0, 2}
+    assert {choose(logits, Sampling(temperature=50.0), rng).token for _ in range(200)} == {0, 2}
 
 
 @pytest.mark.parametrize("logits", [[np.nan, 1.0], [-np.inf, -np.inf]])
@@ -68,3 +68,10 @@ def test_broken_logits_are_named_instead_of_sampled(logits: list[float]) -> None
 def test_a_setting_outside_its_range_is_refused_with_the_range(name: str, value: float) -> None:
     with pytest.raises(LayerscopeError, match=f"{name} is {value}; it must lie between"):
         check_sampling(Sampling(**{name: value}))  # type: ignore[arg-type]
+
+
+def test_the_probability_of_a_choice_is_the_sampler_s_after_its_cuts_and_temperature() -> None:
+    rng = np.random.default_rng(0)
+    heard = {choose(LOGITS, Sampling(temperature=2.0, top_k=2), rng) for _ in range(200)}
+    expected = np.sqrt(PROBS[[1, 3]]) / np.sqrt(PROBS[[1, 3]]).sum()  # temperature 2 takes the square root
+    assert {token: pytest.approx(probability) for token, probability in heard} == {1: expected[0], 3: expected[1]}

@@ -120,6 +120,23 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Step:
+    """One token as it was written.
+
+    logits: (d_vocab,) float32 that it was chosen from; resid_norms: (layer,) float32, the Euclidean length of resid_post at the position
+    that they were computed at, NaN in a layer where the engine does not find the site. Both belong to the receiver only until it returns.
+    """
+
+    token: int
+    logits: NDArray[np.float32]
+    sampler_probability: float  # with which the sampler drew it: 1 where it is greedy, whatever the model's own probability
+    resid_norms: NDArray[np.float32]
+
+
+OnStep = Callable[[Step], Any]  # what it returns is not looked at; what it raises ends the generation
+
+
+@dataclass(frozen=True)
 class OpenOptions:
     """How a model is put in memory."""
 
@@ -168,9 +185,9 @@ class Engine(Protocol):
         context or an edit outside the model; Cancelled as soon as should_stop() answers True.
         """
 
-    def generate(self, ids: list[int], n: int, sampling: Sampling, on_token: Callable[[int], None] | None = None,
+    def generate(self, ids: list[int], n: int, sampling: Sampling, on_step: OnStep | None = None,
                  edits: tuple[Intervention, ...] = (), should_stop: ShouldStop = never_stop) -> list[int]:  # fmt: skip
-        """Up to n new tokens, stopping after the end-of-sequence token (included). Nothing is captured."""
+        """Up to n new tokens, stopping after the end-of-sequence token (included). `on_step` hears of each as it is chosen; it does not change them."""
 
     def unembed(self, resid: NDArray[np.float32], tokens: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """Final norm, then W_U: residual stream (..., d_model) -> logits (..., d_vocab), any soft-cap included; of `tokens` only, (..., len(tokens)).

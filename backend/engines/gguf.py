@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backend.analysis.identities import tolerances
-from backend.engines import DEFAULT_CONTEXT, GRAPH_TOKENS, OpenOptions, Request, Sampling, ShouldStop, Sink, check_edits, check_request, never_stop, no_sink
+from backend.engines import DEFAULT_CONTEXT, GRAPH_TOKENS, OnStep, OpenOptions, Request, Sampling, ShouldStop, Sink, Step, check_edits, check_request, never_stop
 from backend.engines.ggml import Tensor, check_layout, read
 from backend.engines.gguf_context import Context, Model
 from backend.engines.gguf_generic import NO_ROW, NO_UNEMBED, fitting, is_pattern
@@ -39,6 +39,7 @@ from backend.engines.gguf_tap import Tap
 from backend.engines.gguf_unembed import Unembedding, candidates, measured
 from backend.engines.gguf_vocab import Vocabulary
 from backend.engines.native import NativeTensor
+from backend.engines.resid_norms import ResidNorms
 from backend.engines.sampling import check_sampling, choose
 from backend.errors import Cancelled, LayerscopeError
 from backend.files.file_stamps import stamps
@@ -117,7 +118,7 @@ class GgufEngine:
         self._prefill(ids, tap, piece, n_ctx=len(ids), all_outputs=True, natives=natives)
         natives.check_complete()
 
-    def generate(self, ids: list[int], n: int, sampling: Sampling, on_token: Callable[[int], None] | None = None,
+    def generate(self, ids: list[int], n: int, sampling: Sampling, on_step: OnStep | None = None,
                  edits: tuple[Intervention, ...] = (), should_stop: ShouldStop = never_stop) -> list[int]:  # fmt: skip
         """Up to n new tokens; see Engine.generate.
 
@@ -129,15 +130,18 @@ class GgufEngine:
         if len(ids) + n > self.n_ctx:
             raise LayerscopeError(f"A prompt of {len(ids):,} tokens and {n:,} new ones are more than the {self.n_ctx:,} of the context.")
         check_sampling(sampling)
-        tap, rng = self._tap(Request(()), no_sink, edits, should_stop, len(ids)), np.random.default_rng(sampling.seed)
+        norms, rng = ResidNorms(self.places, self.info.n_layers, on_step is not None), np.random.default_rng(sampling.seed)
+        tap = self._tap(norms.request, norms, edits, should_stop, len(ids))
         if n <= 0:
             return []
         context = self._prefill(ids, tap, self._piece(edits, ids), n_ctx=len(ids) + n, all_outputs=False)
         new: list[int] = []
         while True:
-            new.append(choose(context.last_logits(), sampling, rng))
-            if on_token:
-                on_token(new[-1])
+            logits = context.last_logits()
+            token, probability = choose(logits, sampling, rng)
+            new.append(token)
+            if on_step:
+                on_step(Step(token, logits, probability, norms.values))
             if len(new) == n or self._vocabulary.ends(new[-1]):
                 return new
             self._step(context, new[-1:], tap, start=len(ids) + len(new) - 1, all_outputs=False)

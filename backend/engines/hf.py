@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import gc
 import inspect
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,11 +31,13 @@ from backend.engines import (
     DEFAULT_CONTEXT,
     GRAPH_TOKENS,
     WHOLE_LIMIT,
+    OnStep,
     OpenOptions,
     Request,
     Sampling,
     ShouldStop,
     Sink,
+    Step,
     check_edits,
     check_request,
     let_waiting_threads_sleep,
@@ -52,6 +53,7 @@ from backend.engines.hf_sites import ARCHITECTURES
 from backend.engines.hf_taps import Tap, has_module, installed, to_numpy
 from backend.engines.hf_tokenizer import HfTokenizer, first_line
 from backend.engines.native import NativeTensor
+from backend.engines.resid_norms import ResidNorms
 from backend.engines.sampling import check_sampling, choose
 from backend.errors import LayerscopeError
 from backend.files.bounded_json import read_json
@@ -132,7 +134,7 @@ class HfEngine:
             self._prefill(ids, tap, cache=None if len(ids) <= size else self._cache(), size=size)
         natives.hand_out(sink)
 
-    def generate(self, ids: list[int], n: int, sampling: Sampling, on_token: Callable[[int], None] | None = None,
+    def generate(self, ids: list[int], n: int, sampling: Sampling, on_step: OnStep | None = None,
                  edits: tuple[Intervention, ...] = (), should_stop: ShouldStop = never_stop) -> list[int]:  # fmt: skip
         """Up to n new tokens; see Engine.generate.
 
@@ -144,15 +146,17 @@ class HfEngine:
             raise LayerscopeError(f"A prompt of {len(ids):,} tokens and {n:,} new ones are more than the {self.n_ctx:,} of the context.")
         check_sampling(sampling)
         self._check_edits(edits, len(ids))
-        tap, rng = Tap(self.info, Request(()), no_sink, edits, should_stop, len(ids)), np.random.default_rng(sampling.seed)
+        norms, rng = ResidNorms(self.places, self.info.n_layers, on_step is not None), np.random.default_rng(sampling.seed)
+        tap = Tap(self.info, norms.request, norms, edits, should_stop, len(ids))
         cache, size = (self._cache(), _piece(edits, ids)) if self._in_pieces else (None, len(ids))
         new: list[int] = []
         with _no_grad(), installed(self._model, self._row, tap, self.places):
             logits = self._prefill(ids, tap, cache, size)
             while len(new) < n:
-                new.append(choose(logits, sampling, rng))
-                if on_token:
-                    on_token(new[-1])
+                token, probability = choose(logits, sampling, rng)
+                new.append(token)
+                if on_step:
+                    on_step(Step(token, logits, probability, norms.values))
                 if new[-1] in self._eos_ids or len(new) == n:
                     break
                 if self._in_pieces:

@@ -7,11 +7,20 @@ only reshapes what survives them.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
 from backend.engines import Sampling
 from backend.errors import LayerscopeError
+
+
+class Choice(NamedTuple):
+    """A token, and the probability with which it was drawn: that of the sampler after its cuts and temperature, 1 for a greedy choice."""
+
+    token: int
+    probability: float
 
 
 def check_sampling(sampling: Sampling) -> None:
@@ -23,8 +32,8 @@ def check_sampling(sampling: Sampling) -> None:
             raise LayerscopeError(f"{name} is {value}; it must lie between {low} and {high}.")
 
 
-def choose(logits: NDArray[np.float32], sampling: Sampling, rng: np.random.Generator) -> int:
-    """The next token's id.
+def choose(logits: NDArray[np.float32], sampling: Sampling, rng: np.random.Generator) -> Choice:
+    """The next token.
 
     logits: (d_vocab,). Greedy (temperature 0) takes the largest, the lowest id among equals. Otherwise the tokens that survive
 
@@ -38,7 +47,7 @@ def choose(logits: NDArray[np.float32], sampling: Sampling, rng: np.random.Gener
     if np.isnan(logits).any() or not np.isfinite(logits).any():
         raise LayerscopeError("The model's logits hold NaN or no finite value, so no token can be chosen; run it with 0 new tokens to see where they begin.")
     if sampling.temperature == 0:
-        return int(np.argmax(logits))
+        return Choice(int(np.argmax(logits)), 1.0)
     order = np.argsort(-logits, kind="stable")
     if sampling.top_k:
         order = order[: sampling.top_k]
@@ -47,7 +56,9 @@ def choose(logits: NDArray[np.float32], sampling: Sampling, rng: np.random.Gener
     keep &= probs >= sampling.min_p * probs[0]
     keep[0] = True
     order = order[keep]
-    return int(order[rng.choice(len(order), p=_softmax(logits[order] / np.float64(sampling.temperature)))])
+    probs = _softmax(logits[order] / np.float64(sampling.temperature))
+    at = int(rng.choice(len(order), p=probs))
+    return Choice(int(order[at]), float(probs[at]))
 
 
 def _softmax(logits: NDArray[np.floating]) -> NDArray[np.float64]:

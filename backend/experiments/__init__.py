@@ -33,6 +33,8 @@ class Context:
     traces_dir: Path
     library: Any  # backend.library.Library
     derived: Any  # backend.derived.Derived
+    live: Any = None  # backend.live.LiveRecords
+    batches: Any = None  # backend.batches.Batches
     job_id: str = ""
     progress: Progress = no_progress
     should_stop: ShouldStop = never_stop
@@ -54,6 +56,9 @@ def _job(module: str, function: str) -> Experiment:
 
 KINDS: dict[str, Experiment] = {
     "capture": _job("capture", "capture_job"),
+    "generate": _job("generation", "generate_job"),
+    "batch": _job("batch", "batch_job"),
+    "aggregate": _job("batch", "aggregate_job"),
     "lens": _job("logit_lens", "lens_job"),
     "lens_target": _job("logit_lens", "lens_target_job"),
     "attribution": _job("attribution", "attribution_job"),

@@ -28,6 +28,7 @@ from backend.engines.native import NativePiece
 from backend.errors import LayerscopeError
 from backend.experiments import Context, Progress, no_progress
 from backend.experiments.aside import Aside
+from backend.experiments.generation import Listener, write_tokens
 from backend.experiments.logit_lens import AUTO_BUDGET, compute_lens, cost, lens_rows
 from backend.intervention import Intervention, edits_by_place
 from backend.notes import notes
@@ -63,8 +64,8 @@ class CaptureSpec:
 
 
 def capture(engine: Engine, spec: CaptureSpec, folder: Path, *, progress: Progress = no_progress, should_stop: ShouldStop = never_stop,
-            trace_id: str | None = None) -> Path:  # fmt: skip
-    """Run `spec` on `engine` and publish the trace in `folder`; returns its path.
+            trace_id: str | None = None, listener: Listener | None = None) -> Path:  # fmt: skip
+    """Run `spec` on `engine` and publish the trace in `folder`; returns its path. `listener` hears of each new token, and may say enough.
 
     Raises LayerscopeError for anything the user can mend (nothing is left on disk), Cancelled when should_stop() says so.
     """
@@ -81,14 +82,9 @@ def capture(engine: Engine, spec: CaptureSpec, folder: Path, *, progress: Progre
         edit.check(engine.info, len(prompt_ids) + spec.max_new_tokens)
     edits = tuple(edit.from_prompt_end(len(prompt_ids)) for edit in spec.interventions)
     if spec.max_new_tokens:
-        written: list[int] = []
-
-        def count(token: int) -> None:
-            written.append(token)
-            progress("generating", len(written), spec.max_new_tokens)
-
-        progress("generating", 0, spec.max_new_tokens)
-        ids = prompt_ids + engine.generate(prompt_ids, spec.max_new_tokens, spec.sampling, count, edits, should_stop)
+        ids = prompt_ids + write_tokens(engine, prompt_ids, spec.max_new_tokens, spec.sampling, edits, listener, progress, should_stop)
+        if listener is not None and listener.enough():
+            spec = replace(spec, max_new_tokens=len(ids) - len(prompt_ids))  # what makes this trace again
         timings["generate_s"] = time.perf_counter() - started
     _check_disk(engine, request, len(ids), folder, spec.precision)
     with _quiet(), TraceWriter(folder, engine.info, len(ids), spec.precision, trace_id, spec.rows) as writer, ExitStack() as stack:
@@ -355,7 +351,14 @@ def capture_job(context: Context, params: dict[str, Any]) -> dict[str, Any]:
     context.progress("loading model", 0, 1)
     engine = context.engine(params["model"], {})
     context.progress("loading model", 1, 1)
-    spec = CaptureSpec(
+    path = capture(engine, spec_of(params), context.traces_dir, progress=context.progress, should_stop=context.should_stop)
+    context.library.add(path)
+    return {"trace_id": path.stem}
+
+
+def spec_of(params: dict[str, Any]) -> CaptureSpec:
+    """The parameters of a capture as a job has them."""
+    return CaptureSpec(
         prompt=params.get("prompt", ""),
         sites=tuple(params["sites"]) if params.get("sites") else None,
         layers=tuple(params["layers"]) if params.get("layers") else None,
@@ -367,6 +370,3 @@ def capture_job(context: Context, params: dict[str, Any]) -> dict[str, Any]:
         tags=tuple(params.get("tags", ())),
         precision=params.get("precision", "float16"),
     )
-    path = capture(engine, spec, context.traces_dir, progress=context.progress, should_stop=context.should_stop)
-    context.library.add(path)
-    return {"trace_id": path.stem}
