@@ -62,11 +62,9 @@ def _is_latin(char: str) -> bool:
     return char.isascii() or unicodedata.name(char, "").startswith(("LATIN", "FEMININE ORDINAL", "MASCULINE ORDINAL", "MICRO", "FULLWIDTH LATIN", "MODIFIER LETTER"))
 
 
-def token_classes(texts: Sequence[str], special: Collection[int], n_rows: int | None = None) -> NDArray[np.uint8]:
-    """(row,) numbers into CLASSES; rows beyond the texts, and rows whose text is empty, are unused."""
-    found = np.full(len(texts) if n_rows is None else n_rows, _NUMBER["unused"], np.uint8)
-    known = special if isinstance(special, set | frozenset) else set(special)
-    for i, text in enumerate(texts[: len(found)]):
-        if text or i in known:
-            found[i] = _NUMBER[token_class(text, i in known)]
+def token_classes(texts: Sequence[str], special: Collection[int] = (), unused: Collection[int] = ()) -> NDArray[np.uint8]:
+    """(token,) numbers into CLASSES. special, unused: numbers of tokens."""
+    known = set(special)
+    found = np.array([_NUMBER[token_class(text, i in known)] for i, text in enumerate(texts)], np.uint8)
+    found[np.array(sorted(unused), np.int64)] = _NUMBER["unused"]
     return found
