@@ -72,17 +72,16 @@ def nearest_neighbours(points: NDArray[np.float32], k: int, report: Callable[[in
 
 
 def _leading(values: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """About the k largest of each row, exact as a set: they lie in those k groups of neighbouring columns whose greatest values are largest."""
+    """The k largest of each row, in no order: they lie in those k groups of columns whose greatest values are largest. A group is every n_groups-th column."""
     n_groups = values.shape[1] // _GROUP
     if n_groups <= 2 * k:
         numbers = np.broadcast_to(np.arange(values.shape[1]), values.shape)
         return _largest(values, numbers, k)
-    whole = values[:, : n_groups * _GROUP].reshape(len(values), n_groups, _GROUP)
-    groups = np.argpartition(-whole.max(axis=2), k - 1, axis=1)[:, :k]
-    inside = np.take_along_axis(whole, groups[:, :, None], axis=1).reshape(len(values), -1)
-    numbers = (groups[:, :, None] * _GROUP + np.arange(_GROUP)).reshape(len(values), -1)
+    groups = np.argpartition(values[:, : n_groups * _GROUP].reshape(len(values), _GROUP, n_groups).max(axis=1), n_groups - k, axis=1)[:, n_groups - k :]
+    numbers = (groups[:, :, None] + n_groups * np.arange(_GROUP)).reshape(len(values), -1)
+    inside = np.take_along_axis(values, numbers, axis=1)
     over = np.arange(n_groups * _GROUP, values.shape[1])
     inside = np.concatenate([inside, values[:, over]], axis=1)
     numbers = np.concatenate([numbers, np.broadcast_to(over, (len(values), len(over)))], axis=1)
-    kept = np.argpartition(-inside, k - 1, axis=1)[:, :k]
+    kept = np.argpartition(inside, inside.shape[1] - k, axis=1)[:, inside.shape[1] - k :]
     return np.take_along_axis(inside, kept, axis=1), np.take_along_axis(numbers, kept, axis=1)
