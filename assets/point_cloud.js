@@ -111,7 +111,7 @@
             const [w, h] = [Math.max(this.width - left - right, 50), Math.max(this.height - top - bottom, 50)];
             const reach = high.map((value, a) => Math.max(value - low[a], 1e-9));
             const span = this.dims === 3 ? Math.hypot(...reach) : 0;
-            this.k = 0.94 * (this.dims === 3 ? Math.min(w, h) / span : Math.min(w / reach[0], h / reach[1]));
+            this.k = 0.94 * (this.dims === 3 ? (1.2 * Math.min(w, h)) / span : Math.min(w / reach[0], h / reach[1]));
             const middle = low.map((value, a) => (value + high[a]) / 2 - this.centre[a]);
             const [x, y] = rotate(this.turn, middle);
             [this.ox, this.oy] = [left + w / 2 - this.k * x, top + h / 2 + this.k * y];
@@ -130,13 +130,16 @@
         project3(p) { const [x, y] = rotate(this.turn, [p[0] - this.centre[0], p[1] - this.centre[1], p[2] - this.centre[2]]); return [this.ox + this.k * x, this.oy - this.k * y]; }
         project2(x, y) { return [this.ox + this.k * (x - this.centre[0]), this.oy - this.k * (y - this.centre[1])]; }
         unproject(px, py) { return [this.centre[0] + (px - this.ox) / this.k, this.centre[1] - (py - this.oy) / this.k]; }
-        inside(x, y) { return x >= 0 && y >= 0 && x <= this.width && y <= this.height; }
+        /** Whether a place is inside the plotting area. */
+        inside(x, y) { const [l, t, w, h] = this.area(); return x >= l && y >= t && x <= l + w && y <= t + h; }
+        area() { const { left, right, top, bottom } = this.dims === 3 ? { left: 0, right: 0, top: 0, bottom: 0 } : this.margins; return [left, top, this.width - left - right, this.height - top - bottom]; }
         label(i) { return this.texts[this.text[i]] ?? ""; }
 
         /** The point nearest to a place on the screen, -1 if none is near; points that are not drawn are not meant. */
         pick(px, py) {
             const [a, b, c, d, e, f] = this.turn, { k, at, n } = this, [cx, cy, cz] = this.centre || [0, 0, 0];
             let best = REACH * REACH, found = -1;
+            if (!this.inside(px, py)) return found;
             for (let i = 0, j = 0; i < n; i++, j += 3) {
                 const x = at[j] - cx, y = at[j + 1] - cy, z = at[j + 2] - cz;
                 const dx = this.ox + k * (a * x + b * y + c * z) - px, dy = this.oy - k * (d * x + e * y + f * z) - py;
@@ -180,7 +183,10 @@
             }
             const gl = this.gl;
             gl.viewport(0, 0, this.points.width, this.points.height);
+            gl.disable(gl.SCISSOR_TEST);
             gl.clearColor(0, 0, 0, 0); gl.clear(gl.COLOR_BUFFER_BIT | gl.DEPTH_BUFFER_BIT);
+            const [l, t0, w, h] = this.area().map((value) => value * this.dpr);
+            gl.enable(gl.SCISSOR_TEST); gl.scissor(l, this.points.height - t0 - h, w, h);
             if (!this.n || !this.colours) return;
             if (this.uploadAt) { gl.bindBuffer(gl.ARRAY_BUFFER, this.buffer.at); gl.bufferData(gl.ARRAY_BUFFER, this.at, gl.STATIC_DRAW); this.uploadAt = false; }
             if (this.uploadColours) { gl.bindBuffer(gl.ARRAY_BUFFER, this.buffer.colour); gl.bufferData(gl.ARRAY_BUFFER, this.rgba, gl.STATIC_DRAW); this.uploadColours = false; }

@@ -94,13 +94,18 @@
     }
 
     function box(pen, cloud) {
-        const { low, high } = cloud, { theme, axes } = cloud;
+        const { low, high, theme, axes } = cloud;
         const corner = (bits) => cloud.project3([0, 1, 2].map((a) => (bits >> a & 1 ? high[a] : low[a])));
-        for (let from = 0; from < 8; from++) for (let a = 0; a < 3; a++) if (!(from >> a & 1)) pen.line([corner(from), corner(from | 1 << a)], theme.edge, 0.8, 0.7);
+        const middle = cloud.project3(low.map((value, a) => (value + high[a]) / 2));
         for (let a = 0; a < 3; a++) {
-            const from = corner(0), to = corner(1 << a);
-            pen.line([from, to], theme.soft, 1.2);
-            pen.text(from[0] + (to[0] - from[0]) * 1.04, from[1] + (to[1] - from[1]) * 1.04, axes[a], { colour: theme.soft, size: 12, align: to[0] >= from[0] ? "left" : "right", halo: theme.surface });
+            const edges = [0, 1, 2, 3, 4, 5, 6, 7].filter((bits) => !(bits >> a & 1)).map((bits) => [corner(bits), corner(bits | 1 << a)]);
+            edges.forEach((edge) => pen.line(edge, theme.edge, 0.8, 0.7));
+            // Named where nothing lies before it: the lowest of the edges along the floor, the leftmost upright one.
+            const at = ([from, to]) => [(from[0] + to[0]) / 2, (from[1] + to[1]) / 2];
+            const outer = edges.reduce((best, edge) => ((a < 2 ? at(edge)[1] > at(best)[1] : at(edge)[0] < at(best)[0]) ? edge : best));
+            const [x, y] = at(outer), away = Math.hypot(x - middle[0], y - middle[1]) || 1, side = x < middle[0];
+            pen.line(outer, theme.soft, 1.3);
+            pen.text(x + (18 * (x - middle[0])) / away, y + (18 * (y - middle[1])) / away, axes[a], { colour: theme.soft, size: 12, align: side ? "right" : "left", halo: theme.surface });
         }
     }
 
@@ -112,7 +117,7 @@
             pen.line(places, path.strong ? theme.accent : theme.soft, path.strong ? 2.2 : 0.8, path.strong ? 0.95 : 0.35);
             if (!path.strong) continue;
             places.forEach(([x, y]) => pen.circle(x, y, 2.6, theme.accent, theme.surface, 1));
-            for (const [at, words] of path.labels || []) label(pen, cloud, places[at], words);
+            for (const [at, words] of path.labels || []) if (path.points[at] !== overlay.chosen) label(pen, cloud, places[at], words);
         }
         const taken = [];
         for (const mark of overlay.marks || []) {

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from backend.commands import quantization, weights
+from backend.commands import embeddings, quantization, weights
 from backend.commands.graph import graph
 from backend.errors import LayerscopeError
 
@@ -244,6 +244,7 @@ def _register(path: Any) -> None:
 
 weights.register(app, _Bar)
 quantization.register(app, _Bar)
+embeddings.register(app, _Bar)
 
 
 def main(run: Callable[[], Any] = app) -> None:

@@ -57,7 +57,8 @@ def points(view: View, shown: NDArray[np.int64]) -> dict[str, Any]:
 
 def axis_titles(view: View) -> list[str]:
     if view.spec.method == "pca":
-        return [f"component {i + 1}: {100 * share:.1f} % of the variance" for i, share in enumerate(view.projection.ratio[: view.dims])]
+        of = " of the variance" if view.dims == 2 else ""
+        return [f"component {i + 1}: {100 * share:.1f} %{of}" for i, share in enumerate(view.projection.ratio[: view.dims])]
     return [f"{ {'umap': 'UMAP', 'tsne': 't-SNE'}[view.spec.method]} {i + 1}" for i in range(view.dims)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from dash import Input, Output, State, callback, dcc, html, no_update
 
 from backend.errors import LayerscopeError
@@ -35,8 +36,20 @@ def neighbours_card() -> html.Section:
     return card(html.Span("Nearest by cosine", id="emb-near-title"), [*stores, body, progress], html.Span("", id="emb-near-subtitle"), [], list(ABOUT))
 
 
-def _nothing() -> Any:
-    return empty("No point chosen", "Click a point, or search for a token: its nearest vectors are listed here.", None, "circle-dashed")
+def _nothing(found: View | None = None) -> Any:
+    """Before a point is chosen: the longest and the shortest vectors, which are worth a look."""
+    if found is None:
+        return empty("No point chosen", "Click a point, or search for a token: its nearest vectors are listed here.", None, "circle-dashed")
+    norms = found.projection.norms
+    order = np.argsort(norms, kind="stable")  # NaN last
+    order = order[: int(np.isfinite(norms).sum())]
+    parts = [html.P("Click a point, or one of these, to see its nearest vectors.", className="muted small")]
+    for title, rows in (("Longest", order[::-1][:N]), ("Shortest", order[:N])):
+        head = html.Tr([html.Th(title, colSpan=2), html.Th("Length", className="num")])
+        body = [html.Tr([html.Td(_name(found.label(int(row)), int(row))), html.Td(found.short_place(int(row)), className="muted small nowrap"),
+                         html.Td(f"{norms[row]:.4g}", className="num")]) for row in rows]  # fmt: skip
+        parts.append(html.Div(html.Table([html.Thead(head), html.Tbody(body)], className="ls-table compact near-table")))
+    return parts
 
 
 def shown_view(page: dict[str, Any], spec: dict[str, Any] | None) -> View | None:
@@ -52,7 +65,7 @@ def show_neighbours(row: int | None, spec: dict[str, Any] | None, _: str | None,
     """The tables of the chosen point: read at once where that is quick, else from the cache or by a job."""
     found = shown_view(page, spec)
     if found is None or row is None or not 0 <= row < found.vectors.shape[0]:
-        return _nothing(), "Nearest by cosine", "", None
+        return _nothing(found), "Nearest by cosine", "", None
     title, place_words = f"Nearest to {found.label(row)}", found.where(row)
     try:
         answer, job = _answer(found, row)
@@ -99,7 +112,7 @@ def _tables(found: View, row: int, answer: dict[str, Any]) -> list[Any]:
     here = TITLES.get(own, f"Among the {found.vectors.shape[0]:,} states of {own}")
     if found.states is None and getattr(found.vectors, "tied", False):
         here = "In W_E, which is W_U too (tied)"
-    sections = [_section(here, [(found.label(int(i)), found.where(int(i)), cosine, int(i)) for i, cosine in answer["here"]])]
+    sections = [_section(here, [(found.label(int(i)), found.short_place(int(i)), cosine, int(i)) for i, cosine in answer["here"]])]
     for name in ("W_E", "W_U"):
         if name in answer:
             tied = " (tied: W_U too)" if name == "W_E" and "W_U" not in vocabulary_matrices(found.place) else ""
@@ -113,7 +126,7 @@ def _tables(found: View, row: int, answer: dict[str, Any]) -> list[Any]:
 
 
 def _section(title: str, rows: list[tuple[str, str, float, int | None]]) -> html.Div:
-    head = html.Tr([html.Th(title), html.Th(""), html.Th("Cosine", className="num")])
+    head = html.Tr([html.Th(title, colSpan=2), html.Th("Cosine", className="num")])
     body = [
         html.Tr([html.Td(_name(label, row)), html.Td(where, className="muted small nowrap"), html.Td(_bar(cosine), className="num nowrap")])
         for label, where, cosine, row in rows

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from dash import html
 from numpy.typing import NDArray
 
 from backend.analysis.embeddings import FULL_SIDE, sample
@@ -148,6 +147,15 @@ class View:
             parts.append(f"trace {int(states.trace[row]) + 1}")
         return ", ".join(parts)
 
+    def short_place(self, row: int) -> str:
+        """The same for a narrow column: "id 12", "L3, pos 5"."""
+        if self.states is None:
+            return f"id {row:,}"
+        layer = int(self.states.layer[row])
+        named = [] if len(self.states.layers) < 2 else ["embed" if layer < 0 else f"L{layer}"]
+        trace = [] if len(self.states.traces) < 2 else [f"trace {int(self.states.trace[row]) + 1}"]
+        return ", ".join([*named, f"pos {int(self.states.position[row])}", *trace])
+
     @functools.cached_property
     def classes(self) -> NDArray[np.uint8]:
         """(row,) numbers into CLASSES."""
@@ -244,16 +252,15 @@ def _shape(place_: Place, choice: Choice) -> tuple[int, int]:
     return vectors.shape
 
 
-def missing(place_: Place, spec: ProjectionSpec) -> Any:
-    """In place of the picture before it was made: what it costs, started at once where that is seconds."""
+def missing(place_: Place, spec: ProjectionSpec) -> tuple[Any, bool]:
+    """(what stands in place of the picture before it was made, whether it is made at once since that is seconds)."""
     n, d = _shape(place_, spec.choice)
     cost = seconds(place_, spec)
     about = f"about {max(1, round(cost)):,} seconds" if cost < 120 else f"about {cost / 60:,.0f} minutes"
     limit = LIMITS[spec.method]
     part = f" Of {n:,} vectors a random sample of {limit:,} is taken." if n > limit else ""
     words = f"{n:,} vectors of {d:,} dimensions: {about} on two cores.{part} The result is kept."
-    button = html.Button("Project them", id="emb-compute", className="btn btn-primary", n_clicks=1 if cost <= _AT_ONCE_S else 0)
-    return html.Div([empty(f"{METHODS[spec.method]} is not computed yet", words, button, "circle-dashed"), html.Div(id="emb-progress", className="home-progress")])
+    return empty(f"{METHODS[spec.method]} is not computed yet", words, None, "circle-dashed"), cost <= _AT_ONCE_S
 
 
 def trace_options(place_: Place) -> list[dict[str, str]]:

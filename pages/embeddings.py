@@ -109,7 +109,7 @@ def _body(found: Place, trace: str | None, asked: dict[str, str]) -> list[Any]:
 
 def _pickers(found: Place, sources: list[str], what: str, trace: str | None, asked: dict[str, str]) -> html.Div:
     def menu(label: str, id: str, options: Any, value: Any, className: str = "picker-metric", **more: Any) -> html.Label:
-        return html.Label([html.Span(label), dcc.Dropdown(options, value, id=id, className=className, searchable=False, **{"clearable": False, **more})])
+        return html.Label([html.Span(label), dcc.Dropdown(options, value, id=id, className=className, **{"clearable": False, "searchable": False, **more})])
 
     names: Any = [{"label": MATRICES.get(name, name), "value": name} for name in sources]
     layer = asked.get("layer", "all")
@@ -140,18 +140,21 @@ def _layer_options(layers: list[int]) -> Any:
 def _picture(asked: dict[str, str]) -> list[Any]:
     colour = as_choice(asked.get("colour"), list(COLOURS), "") or None
     paths: Any = [{"label": words, "value": name} for name, words in PATHS.items()]
+    every: Any = [{"label": words, "value": name} for name, words in COLOURS.items()]  # a value that is not among the options would be dropped
     search = dcc.Input(id="emb-search", value=asked.get("find", "")[:100], placeholder="find a token, or #id", debounce=0.4, maxLength=100, className="text-input cloud-search")
     row = html.Div(
         [
             search,
-            html.Label([html.Span("Colour"), dcc.Dropdown([], colour, id="emb-colour", clearable=False, searchable=False, className="picker-metric")]),
+            html.Label([html.Span("Colour"), dcc.Dropdown(every, colour, id="emb-colour", clearable=False, searchable=False, className="picker-metric")]),
             html.Div(html.Label([html.Span("Paths"), dcc.Dropdown(paths, as_choice(asked.get("paths"), list(PATHS), "chosen"), id="emb-paths", clearable=False, searchable=False,
                                                                   className="picker-metric")]), id="emb-paths-field", hidden=True),
         ],
         className="controls",
     )  # fmt: skip
+    button = html.Button("Project them", id="emb-compute", className="btn btn-primary", n_clicks=0, hidden=True)
+    waiting = html.Div([html.Div(id="emb-missing"), button, html.Div(id="emb-progress", className="home-progress")], className="cloud-waiting")
     found = html.Div(id="emb-found-said", className="cloud-found", role="status")
-    return [row, found, html.Div(id="emb-legend"), html.Div(id="emb-missing"), html.Div(cloud(), id="emb-cloud-place", className="cloud-place")]
+    return [row, found, html.Div(id="emb-legend"), waiting, html.Div(cloud(), id="emb-cloud-place", className="cloud-place")]
 
 
 # -- another model, other traces ---------------------------------------------------------------------------------------------------------
@@ -194,39 +197,36 @@ def specify(what: str, layer: Any, method: str, dims: int, scale: str, include: 
 
 
 @callback(
-    Output("emb-ready", "data"), Output("emb-missing", "children"), Output("emb-cloud-place", "hidden"),
-    Input("emb-spec", "data"), Input("emb-done", "data"), State("emb-page", "data"), State("emb-job", "data"),
+    Output("emb-ready", "data"), Output("emb-missing", "children"), Output("emb-compute", "hidden"), Output("emb-cloud-place", "hidden"), Output("emb-job", "data"),
+    Output("emb-progress", "children"),
+    Input("emb-spec", "data"), Input("emb-done", "data"), Input("emb-compute", "n_clicks"), State("emb-page", "data"), State("emb-job", "data"),
 )  # fmt: skip
-def prepare(spec: dict[str, Any] | None, _: str | None, page: dict[str, Any], job_id: str | None):
-    """The projection if it is there; else what it costs, with the job. A job that nobody waits for any more is cancelled."""
+def prepare(spec: dict[str, Any] | None, _: str | None, clicks: int | None, page: dict[str, Any], job_id: str | None):
+    """The projection if it is there; else what it costs and its job, which begins at once where that is seconds. A job that nobody waits for any more is cancelled."""
     if spec is None:
-        return no_update, no_update, no_update
+        return (no_update,) * 6
     if ctx.triggered_id == "emb-spec" and (job := job_or_none(job_id)) is not None and job.is_active:
         services().jobs.cancel(job.id)
-    found, wanted = place(page["model"], tuple(page["traces"])), ProjectionSpec.from_json(spec)
+    wanted = ProjectionSpec.from_json(spec)
     try:
-        if view(found, wanted) is None:
-            return None, missing(found, wanted), True
+        found = place(page["model"], tuple(page["traces"]))
+        if view(found, wanted) is not None:
+            return spec, None, True, False, None, None
+        words, at_once = missing(found, wanted)
+        if not at_once and ctx.triggered_id != "emb-compute":
+            return None, words, False, True, None, None
+        title = f"{METHODS[wanted.method]} of {MATRICES.get(wanted.choice.what, wanted.choice.what)}, {wanted.choice.model}"
+        return None, words, True, True, services().jobs.submit("embeddings", spec, title).id, None
     except LayerscopeError as problem:
-        return None, error(str(problem)), True
-    return spec, None, False
-
-
-@callback(Output("emb-job", "data"), Output("emb-compute", "disabled"), Input("emb-compute", "n_clicks"), State("emb-spec", "data"))
-def compute(clicks: int, spec: dict[str, Any]):
-    """Queue the job, at once where the button was made pressed."""
-    if not clicks:
-        return no_update, no_update
-    chosen = ProjectionSpec.from_json(spec)
-    title = f"{METHODS[chosen.method]} of {MATRICES.get(chosen.choice.what, chosen.choice.what)}, {chosen.choice.model}"
-    return services().jobs.submit("embeddings", spec, title).id, True
+        return None, error(str(problem)), True, True, None, None
 
 
 @callback(
-    Output("emb-progress", "children"), Output("emb-done", "data"), Output("emb-compute", "disabled", allow_duplicate=True),
+    Output("emb-progress", "children", allow_duplicate=True), Output("emb-done", "data"), Output("emb-compute", "hidden", allow_duplicate=True),
     Input("emb-job", "data"), Input("jobs-now", "data"), prevent_initial_call=True,
 )  # fmt: skip
 def follow(job_id: str | None, _: Any):
+    """The job's progress; when it failed, why, with the button to try again."""
     job = job_or_none(job_id)
     if job is None:
         return no_update, no_update, no_update
@@ -370,12 +370,12 @@ class _Names:
 
 @callback(
     Output("emb-row", "data"), Output("position", "data", allow_duplicate=True),
-    Input("emb-clicked", "data"), Input("emb-choose", "data"), Input("position", "data"), Input("emb-ready", "data"), State("emb-row", "data"), State("emb-page", "data"),
-    State("emb-points", "data"), State("emb-webgl", "data"), State("emb-found", "data"), prevent_initial_call="initial_duplicate",
+    Input("emb-clicked", "data"), Input("emb-choose", "data"), Input("emb-found", "data"), Input("position", "data"), Input("emb-ready", "data"), State("emb-row", "data"),
+    State("emb-page", "data"), State("emb-points", "data"), State("emb-webgl", "data"), prevent_initial_call="initial_duplicate",
 )  # fmt: skip
-def choose(clicked: dict[str, Any] | None, named: dict[str, Any] | None, position: int | None, spec: dict[str, Any] | None, row: int | None, page: dict[str, Any],
-           drawn_points: dict[str, Any] | None, webgl: bool | None, found: Any):  # fmt: skip
-    """A click, a neighbour's name or a token of the strip chooses a vector; a state of the open trace chooses its position too."""
+def choose(clicked: dict[str, Any] | None, named: dict[str, Any] | None, found: dict[str, Any] | None, position: int | None, spec: dict[str, Any] | None, row: int | None,
+           page: dict[str, Any], drawn_points: dict[str, Any] | None, webgl: bool | None):  # fmt: skip
+    """A click, a neighbour's name, a search or a token of the strip chooses a vector; a state of the open trace chooses its position too."""
     drawn = _drawn(page, spec, webgl, found, row)
     if drawn is None:
         return no_update, no_update
@@ -385,6 +385,8 @@ def choose(clicked: dict[str, Any] | None, named: dict[str, Any] | None, positio
         chosen: int | None = int(shown.projection.rows[numbers[clicked["i"]]])
     elif triggered == "emb-choose" and named:
         chosen = int(named["value"])
+    elif triggered == "emb-found":
+        chosen = found["rows"][0] if found and found["typed"] and found["rows"] else row
     else:
         chosen = _kept(shown, row, position if page["trace"] else None, triggered)
     if chosen is not None and not 0 <= chosen < shown.vectors.shape[0]:
@@ -425,7 +427,7 @@ def search(text: str | None, spec: dict[str, Any] | None, page: dict[str, Any]):
     words += [html.Span(", ".join(shown.label(row) for row in rows[:8]) + (", …" if len(rows) > 8 else ""), className="chip-token found-tokens")] if rows else []
     if absent:
         words.append(html.Button(f"{len(absent)} are not in the sample: project again with them", id="emb-again", className="btn btn-outline-secondary", n_clicks=0))
-    return {"rows": rows, "text": f"{text}|{shown.key}|{shown.dims}", "absent": absent}, words
+    return {"rows": rows, "text": f"{text}|{shown.key}|{shown.dims}", "absent": absent, "typed": ctx.triggered_id == "emb-search"}, words
 
 
 def _matches(shown: View, text: str) -> list[int]:
