@@ -187,7 +187,7 @@ def umap_layout(scores: NDArray[np.float32], dims: int, seed: int = 0, report: R
 
 def tsne_layout(scores: NDArray[np.float32], dims: int, seed: int = 0, report: Report = lambda stage, done, total: None) -> NDArray[np.float32]:
     """t-SNE (van der Maaten 2014, Barnes-Hut) of principal components, (row, dims), by scikit-learn: started from the first components with
-    the learning rate of Belkina et al. 2019. report is told every 50 of its steps.
+    the learning rate of Belkina et al. 2019, so that nothing in it is random. report is told every 50 of its steps.
     """
     from sklearn.manifold import TSNE
 

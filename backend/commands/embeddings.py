@@ -128,7 +128,7 @@ def _write(out: Path, coords: Any, columns: dict[str, list[Any]], rows: Any, rat
     try:
         if out.suffix.lower() == ".npz":
             with open(part, "wb") as file:
-                named = {name: np.array([str(value) for value in values] if any(isinstance(value, str) for value in values) else values) for name, values in columns.items()}
+                named: dict[str, Any] = {name: np.array(_alike(values)) for name, values in columns.items()}
                 np.savez_compressed(file, coords=coords, rows=rows, explained_variance=ratio, **named)
         else:
             part.write_text(_csv(coords, columns), encoding="utf-8")
@@ -139,10 +139,15 @@ def _write(out: Path, coords: Any, columns: dict[str, list[Any]], rows: Any, rat
         part.unlink(missing_ok=True)
 
 
+def _alike(values: list[Any]) -> list[Any]:
+    """Texts where one of them is a text: an array of objects would be a pickle."""
+    return [str(value) for value in values] if any(isinstance(value, str) for value in values) else values
+
+
 def _csv(coords: Any, columns: dict[str, list[Any]]) -> str:
     """Text that a spreadsheet would run as a formula gets an apostrophe before it."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)  # a token may be a carriage return
     writer.writerow([*(f"x{i + 1}" for i in range(coords.shape[1])), *columns])
     for i, place in enumerate(coords.tolist()):
         cells = (values[i] for values in columns.values())
