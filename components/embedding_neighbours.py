@@ -17,7 +17,7 @@ from components.jobs_tray import job_or_none, job_panel
 from components.services import services
 from components.states import empty, error
 
-N = 12  # neighbours of a table
+N = 20  # neighbours of a table
 _AT_ONCE = 1 << 25  # numbers that the server reads for one click: a third of a second
 ABOUT = (
     "The vectors whose direction is nearest to the chosen one's: cosine similarity, x·y / (|x| |y|), over all dimensions, not over those of the picture. "

@@ -115,9 +115,9 @@ class View:
     def states(self) -> TraceRows | None:
         return self.vectors if isinstance(self.vectors, TraceRows) else None
 
-    @property
+    @functools.cached_property
     def vocabulary(self) -> VocabularyTexts | None:
-        return _vocabulary(self.place.identity) if self.place.identity else None
+        return vocabulary(self.place)
 
     @functools.cached_property
     def dims(self) -> int:
@@ -193,7 +193,7 @@ def view(place_: Place, spec: ProjectionSpec) -> View | None:
     try:
         found = View(place_, spec, key, _projection(key))
         if spec.choice.is_matrix:
-            _vocabulary(place_.identity)
+            _read_vocabulary(place_.identity)
     except LookupError:
         return None
     return found
@@ -213,10 +213,6 @@ def _read_vocabulary(key: str) -> VocabularyTexts:
     if found is None:
         raise LookupError(key)
     return found
-
-
-def _vocabulary(key: str) -> VocabularyTexts:
-    return _read_vocabulary(key)
 
 
 def vocabulary(place_: Place) -> VocabularyTexts | None:

@@ -134,7 +134,7 @@ def test_the_points_are_scikit_learns_and_a_click_lists_the_nearest_rows(server,
     for title, other in (("In the input", matrix), ("In the output", server.weights["unembed.W_U"].astype(np.float64))):
         page.wait_for_function(f"() => Array.from(document.querySelectorAll('.near-table th')).some(th => th.textContent.startsWith('{title}'))")
         cosines = other @ matrix[row] / np.linalg.norm(other, axis=1) / np.linalg.norm(matrix[row])
-        order = [int(i) for i in np.argsort(-cosines) if other is not matrix or i != row][:12]
+        order = [int(i) for i in np.argsort(-cosines) if other is not matrix or i != row][:20]
         listed = near_rows(page, title)
         assert [int(re.sub(r"\D", "", cells[1])) for cells in listed] == order
         np.testing.assert_allclose([float(cells[2]) for cells in listed], cosines[order], atol=6e-4)
