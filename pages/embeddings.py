@@ -82,7 +82,7 @@ def _body(found: Place, trace: str | None, asked: dict[str, str]) -> list[Any]:
         return [states.error(f"Neither the model nor the trace can be looked into: {found.why_no_model or 'the trace holds no site with one vector a position.'}")]
     first = "resid_post" if "resid_post" in sources else sources[0] if found.entry is None or not found.traces else next((s for s in sources if s not in MATRICES), sources[0])
     what = as_choice(asked.get("what"), sources, first if found.traces else sources[0])
-    page = {"model": found.model, "traces": list(found.traces), "trace": trace, "asked": asked}
+    page = {"model": found.model, "traces": list(found.traces), "trace": trace}
     row = asked.get("row")
     held: dict[str, Any] = {"emb-page": page, "emb-spec": None, "emb-ready": None, "emb-job": None, "emb-done": None, "emb-include": None, "emb-webgl": None, "emb-only": None,
                             "emb-isolated": asked.get("only") or None, "emb-found": None, "emb-row": as_int(row, 0, 0, 1 << 31) if row else None,
@@ -248,8 +248,6 @@ def _drawn(page: dict[str, Any], spec: dict[str, Any] | None, webgl: bool | None
     """The view and the numbers of its points that are drawn; None while there is no projection."""
     if webgl is None:
         return None
-    if spec and not webgl:
-        spec = {**spec, "dims": 2} if spec["method"] == "pca" else spec
     shown = shown_view(page, spec)
     if shown is None:
         return None
@@ -300,7 +298,7 @@ def _said(shown: View, n_drawn: int, webgl: bool) -> str:
     if n_drawn < len(shown.projection.rows):
         parts.append(f"{n_drawn:,} of {len(shown.projection.rows):,} points are drawn, a random sample{'' if webgl else f': without WebGL at most {SHOWN_PLAIN:,} are'}.")
     if not webgl:
-        parts.append("This browser offers no WebGL: the points are drawn without it" + (", the first two of three axes." if shown.spec.dims == 3 else "."))
+        parts.append("This browser offers no WebGL: the points are drawn without it.")
     return " ".join(parts)
 
 

@@ -210,7 +210,7 @@ def test_without_webgl_the_points_are_drawn_all_the_same_and_the_page_says_so(se
     page.add_init_script(NO_WEBGL)
     visit(model=server.model, dims=3)
     page.wait_for_function("() => document.querySelector('#emb-said').textContent.includes('offers no WebGL')")
-    assert page.evaluate("() => window.layerscope.cloud.gl") is None and page.evaluate("() => window.layerscope.cloud.dims") == 2
+    assert page.evaluate("() => window.layerscope.cloud.gl") is None and page.evaluate("() => window.layerscope.cloud.dims") == 3
     inked = page.evaluate(INKED)
     assert inked > 320
 
