@@ -19,6 +19,7 @@ from backend.reports.vectors import MATRICES, Choice
 from backend.trace import Trace
 from components import states
 from components.card import card, cards
+from components.embedding_choice import drawn_view
 from components.embedding_cloud import COLOURS, cloud, cloud_key, cloud_tools, colour_options, coloured, legend, overlay, points
 from components.embedding_neighbours import neighbours_card, shown_view
 from components.embedding_source import SHOWN, SHOWN_PLAIN, Place, View, missing, place, trace_options, view
@@ -36,7 +37,6 @@ dash.register_page(__name__, path="/embeddings", name="Embeddings", order=12, gr
 
 SUBTITLE = "Tokens and hidden states as points, and which are near each other."
 PATHS = {"none": "None", "chosen": "Of the chosen token", "all": "All, faintly"}
-MAX_FOUND = 200
 
 ABOUT_CLOUD = (
     f"PCA: the directions of largest variance (Pearson 1901), exact; the axes say their share. UMAP (McInnes, Healy and Melville 2018): {N_NEIGHBOURS} exact nearest neighbours, "
@@ -244,17 +244,6 @@ clientside_callback(
 )  # fmt: skip
 
 
-def _drawn(page: dict[str, Any], spec: dict[str, Any] | None, webgl: bool | None, found: dict[str, Any] | None, row: int | None) -> tuple[View, Any] | None:
-    """The view and the numbers of its points that are drawn; None while there is no projection."""
-    if webgl is None:
-        return None
-    shown = shown_view(page, spec)
-    if shown is None:
-        return None
-    include = tuple((found or {}).get("rows", ())) + (() if row is None else (row,))
-    return shown, shown.shown(webgl, include)
-
-
 _STATE = (Input("emb-ready", "data"), Input("emb-webgl", "data"), Input("emb-found", "data"), Input("emb-row", "data"))
 
 
@@ -265,7 +254,7 @@ _STATE = (Input("emb-ready", "data"), Input("emb-webgl", "data"), Input("emb-fou
 )  # fmt: skip
 def show_points(spec: dict[str, Any] | None, webgl: bool | None, found: Any, row: int | None, now: dict[str, Any] | None, colour: str | None, page: dict[str, Any]):
     """Places and texts, sent again only where another set of points is drawn."""
-    drawn = _drawn(page, spec, webgl, found, row)
+    drawn = drawn_view(page, spec, webgl, found, row)
     if drawn is None:
         return None, "Projection", "", no_update, no_update, True
     shown, numbers = drawn
@@ -313,7 +302,7 @@ def isolate(request: dict[str, Any] | None, now: str | None):
     *_STATE, Input("emb-colour", "value"), Input("emb-isolated", "data"), Input("theme", "data"), State("emb-page", "data"),
 )  # fmt: skip
 def show_colours(spec: dict[str, Any] | None, webgl: bool | None, found: Any, row: int | None, by: str | None, only: str | None, theme: str, page: dict[str, Any]):
-    drawn = _drawn(page, spec, webgl, found, row)
+    drawn = drawn_view(page, spec, webgl, found, row)
     if drawn is None:
         return None, None
     shown, numbers = drawn
@@ -327,7 +316,7 @@ def show_colours(spec: dict[str, Any] | None, webgl: bool | None, found: Any, ro
     *_STATE, Input("emb-paths", "value"), State("emb-page", "data"),
 )  # fmt: skip
 def show_overlay(spec: dict[str, Any] | None, webgl: bool | None, found: dict[str, Any] | None, row: int | None, paths: str, page: dict[str, Any]):
-    drawn = _drawn(page, spec, webgl, found, row)
+    drawn = drawn_view(page, spec, webgl, found, row)
     if drawn is None:
         return None
     return overlay(*drawn, row, (found or {}).get("rows", ()), paths, (found or {}).get("text"))
@@ -361,86 +350,6 @@ class _Names:
 
     def __len__(self) -> int:
         return self._shown.vectors.shape[0]
-
-
-# -- choosing and finding --------------------------------------------------------------------------------------------------------------------
-
-
-@callback(
-    Output("emb-row", "data"), Output("position", "data", allow_duplicate=True),
-    Input("emb-clicked", "data"), Input("emb-choose", "data"), Input("emb-found", "data"), Input("position", "data"), Input("emb-ready", "data"), State("emb-row", "data"),
-    State("emb-page", "data"), State("emb-points", "data"), State("emb-webgl", "data"), prevent_initial_call="initial_duplicate",
-)  # fmt: skip
-def choose(clicked: dict[str, Any] | None, named: dict[str, Any] | None, found: dict[str, Any] | None, position: int | None, spec: dict[str, Any] | None, row: int | None,
-           page: dict[str, Any], drawn_points: dict[str, Any] | None, webgl: bool | None):  # fmt: skip
-    """A click, a neighbour's name, a search or a token of the strip chooses a vector; a state of the open trace chooses its position too."""
-    drawn = _drawn(page, spec, webgl, found, row)
-    if drawn is None:
-        return no_update, no_update
-    shown, numbers = drawn
-    triggered = ctx.triggered_id
-    if triggered == "emb-clicked" and clicked and drawn_points and clicked["key"] == drawn_points["key"] and 0 <= clicked["i"] < len(numbers):
-        chosen: int | None = int(shown.projection.rows[numbers[clicked["i"]]])
-    elif triggered == "emb-choose" and named:
-        chosen = int(named["value"])
-    elif triggered == "emb-found":
-        chosen = found["rows"][0] if found and found["typed"] and found["rows"] else row
-    else:
-        chosen = _kept(shown, row, position if page["trace"] else None, triggered)
-    if chosen is not None and not 0 <= chosen < shown.vectors.shape[0]:
-        chosen = None
-    of_trace = chosen is not None and shown.states is not None and page["trace"] and int(shown.states.trace[chosen]) == 0
-    at = int(shown.states.position[chosen]) if of_trace and shown.states is not None and chosen is not None else None
-    return (no_update if chosen == row else chosen), (no_update if at is None or at == position else at)
-
-
-def _kept(shown: View, row: int | None, position: int | None, triggered: Any) -> int | None:
-    """The chosen row after the position or the projection changed: the same layer of the strip's position; a row of the address where nothing was chosen yet."""
-    states = shown.states
-    if states is None or position is None:
-        return row
-    if row is not None and row < shown.vectors.shape[0] and int(states.trace[row]) == 0:
-        layer = int(states.layer[row])
-        if triggered != "position" and int(states.position[row]) == position:
-            return row
-    else:
-        layer = states.layers[-1]
-    return states.row_at(0, layer, position)
-
-
-@callback(
-    Output("emb-found", "data"), Output("emb-found-said", "children"),
-    Input("emb-search", "value"), Input("emb-ready", "data"), State("emb-page", "data"),
-)  # fmt: skip
-def search(text: str | None, spec: dict[str, Any] | None, page: dict[str, Any]):
-    """Rows of the tokens that were meant, and a word about how many of them there are."""
-    shown = shown_view(page, spec)
-    if shown is None or not (text or "").strip():
-        return None, ""
-    rows = _matches(shown, str(text))
-    present = set(shown.projection.rows.tolist()) if len(rows) and len(shown.projection.rows) < shown.vectors.shape[0] else None
-    absent = [] if present is None else [row for row in rows if row not in present and shown.projection.norms[row] == shown.projection.norms[row]]
-    more = f"at least {MAX_FOUND}" if len(rows) == MAX_FOUND else f"{len(rows):,}"
-    words: list[Any] = [f"{more} found" if rows else "No token holds this text."]
-    words += [html.Span(", ".join(shown.label(row) for row in rows[:8]) + (", …" if len(rows) > 8 else ""), className="chip-token found-tokens")] if rows else []
-    if absent:
-        words.append(html.Button(f"{len(absent)} are not in the sample: project again with them", id="emb-again", className="btn btn-outline-secondary", n_clicks=0))
-    return {"rows": rows, "text": f"{text}|{shown.key}|{shown.dims}", "absent": absent, "typed": ctx.triggered_id == "emb-search"}, words
-
-
-def _matches(shown: View, text: str) -> list[int]:
-    words = shown.vocabulary
-    if shown.states is None:
-        return words.find(text, MAX_FOUND) if words is not None else []
-    wanted, found = text.casefold().strip(), shown.states
-    hits = [{at for at, token in enumerate(trace.token_texts) if wanted in token.casefold()} for trace in found.traces]
-    rows = [i for i in range(len(found.position)) if int(found.position[i]) in hits[int(found.trace[i])]]
-    return sorted(rows, key=lambda i: -int(found.layer[i]))[:MAX_FOUND]
-
-
-@callback(Output("emb-include", "data"), Input("emb-again", "n_clicks"), State("emb-found", "data"), prevent_initial_call=True)
-def include_found(clicks: int, found: dict[str, Any] | None):
-    return found["absent"] if clicks and found else no_update
 
 
 keep_url({
