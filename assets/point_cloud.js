@@ -7,7 +7,6 @@
     const FRAGMENT = `precision mediump float; varying vec4 ink; void main() { float r = length(gl_PointCoord - 0.5) * 2.0; float a = ink.a * (1.0 - smoothstep(0.75, 1.0, r));
         if (a < 0.02) discard; gl_FragColor = vec4(ink.rgb * a, a); }`;
     const REACH = 12;  // pixels from the pointer within which a point counts as meant
-    const SVG_POINTS = 20000;  // more go into an SVG file as one picture
     let current = null;
 
     const bytes = (text) => Uint8Array.from(atob(text), (char) => char.charCodeAt(0)).buffer;
@@ -58,7 +57,7 @@
         /** points: {key, dims, at, axes, texts, text, fields}; a new key means another projection, seen whole. */
         setPoints(points) {
             if (!points || points.key === this.key) return;
-            Object.assign(this, { key: points.key, dims: points.dims, axes: points.axes, texts: points.texts, text: array(points.text), hovered: -1 });
+            Object.assign(this, { key: points.key, dims: points.dims, axes: points.axes, texts: points.texts, text: array(points.text), hovered: -1, told: -1 });
             this.fields = points.fields.map((field) => ({ ...field, values: array(field.values) }));
             const flat = array(points.at);
             this.n = flat.length / this.dims;
@@ -301,56 +300,6 @@
             if (field.words) return field.words[value] ?? "";
             return Number.isInteger(value) ? value.toLocaleString("en") : Number(value.toPrecision(4));
         }
-
-        // -- saving --------------------------------------------------------------------------------------------------------------------------
-
-        /** The picture as it is shown, its legend under it, by one of the pens. */
-        picture(pen) {
-            const { furniture, above, legend } = window.layerscope.cloudPens;
-            const hovered = this.hovered;
-            this.hovered = -1;
-            pen.rect(0, 0, this.width, this.height + 80, this.theme.surface);
-            furniture(pen, this);
-            if (pen.parts && this.n <= SVG_POINTS && this.dims === 2) this.dots(pen);
-            else { this.drawPoints(); pen.image(this.points, 0, 0, this.width, this.height); }
-            above(pen, this);
-            this.hovered = hovered;
-            return this.height + (this.colours ? legend(pen, this, this.height) : 0);
-        }
-
-        save(kind, name) {
-            const { CanvasPen, SvgPen } = window.layerscope.cloudPens;
-            if (!this.n) return;
-            if (kind === "csv") return give(new Blob([this.csv()], { type: "text/csv" }), `${name}.csv`);
-            if (kind === "svg") { const pen = new SvgPen(); const height = this.picture(pen); return give(new Blob([pen.done(this.width, height)], { type: "image/svg+xml" }), `${name}.svg`); }
-            const canvas = document.createElement("canvas");
-            [canvas.width, canvas.height] = [2 * this.width, 2 * (this.height + 80)];
-            canvas.getContext("2d").setTransform(2, 0, 0, 2, 0, 0);
-            const height = this.picture(new CanvasPen(canvas.getContext("2d")));
-            const cut = document.createElement("canvas");
-            [cut.width, cut.height] = [canvas.width, Math.min(2 * height, canvas.height)];
-            cut.getContext("2d").drawImage(canvas, 0, 0);
-            return cut.toBlob((blob) => give(blob, `${name}.png`));
-        }
-
-        /** One line a point: coordinates, its text, and what its hover tells. Text that a spreadsheet would run as a formula gets an apostrophe. */
-        csv() {
-            const cell = (value) => { const text = typeof value === "string" && /^[=+\-@\t\r]/.test(value) ? `'${value}` : String(value); return /[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text; };
-            const lines = [[...this.axes.slice(0, this.dims), "text", ...this.fields.map((field) => field.name)].map(cell).join(",")];
-            for (let i = 0; i < this.n; i++) {
-                const row = [...this.at.subarray(3 * i, 3 * i + this.dims), this.label(i), ...this.fields.map((field) => (field.words ? field.words[field.values[i]] ?? "" : field.values[i]))];
-                lines.push(row.map(cell).join(","));
-            }
-            return `${lines.join("\n")}\n`;
-        }
-    }
-
-    function give(blob, name) {
-        const link = document.createElement("a");
-        link.href = URL.createObjectURL(blob);
-        link.download = name;
-        link.click();
-        setTimeout(() => URL.revokeObjectURL(link.href), 1000);
     }
 
     const rotate = (m, [x, y, z]) => [m[0] * x + m[1] * y + m[2] * z, m[3] * x + m[4] * y + m[5] * z, m[6] * x + m[7] * y + m[8] * z];
@@ -363,7 +312,7 @@
     document.addEventListener("click", (event) => {
         const tool = event.target.closest("[data-cloud]");
         if (!tool || !current) return;
-        if (tool.dataset.cloud === "reset") { current.reset(); current.draw(); } else current.save(tool.dataset.cloud, tool.dataset.name);
+        if (tool.dataset.cloud === "reset") { current.reset(); current.draw(); } else window.layerscope.saveCloud(current, tool.dataset.cloud, tool.dataset.name);
     });
 
     window.dash_clientside = window.dash_clientside || {};
