@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from backend.commands import batch, generate, quantization, weights
+from backend.commands import batch, embeddings, generate, quantization, weights
 from backend.commands.attribution import attribute
 from backend.commands.graph import graph
 from backend.errors import LayerscopeError
@@ -253,6 +253,7 @@ generate.register(app, _Bar, _register)
 batch.register(app, _Bar, _settings)
 weights.register(app, _Bar)
 quantization.register(app, _Bar)
+embeddings.register(app, _Bar)
 
 
 def main(run: Callable[[], Any] = app) -> None:

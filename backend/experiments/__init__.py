@@ -66,6 +66,8 @@ KINDS: dict[str, Experiment] = {
     "neuron_tokens": _job("neurons", "neuron_tokens_job"),
     "vocabulary": _job("attribution", "vocabulary_job"),
     "quantization": _job("quantization", "quantization_job"),
+    "embeddings": _job("embeddings", "embeddings_job"),
+    "neighbours": _job("embeddings", "neighbours_job"),
     "graph": _job("graph", "graph_job"),
     "weight_report": _job("weight_report", "weight_report_job"),
     "weight_tensor": _job("weight_report", "weight_tensor_job"),
