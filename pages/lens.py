@@ -22,7 +22,7 @@ from components.token_label import token_label, token_labels
 from components.trace_view import trace_page
 from components.url_state import as_choice, keep_url
 
-dash.register_page(__name__, path="/lens", name="Logit lens", order=5, icon="layers", description="What each layer would predict")
+dash.register_page(__name__, path="/lens", name="Logit lens", order=6, icon="layers", description="What each layer would predict")
 
 REQUIRES = ("resid_post",)
 WINDOW = 18  # positions shown at once: as many as can be read side by side

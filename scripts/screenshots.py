@@ -12,7 +12,7 @@ from playwright.sync_api import Page, sync_playwright
 
 WIDTHS, THEMES, HEIGHT = (1440, 1024), ("light", "dark"), 1000
 RUN_PAGES = {"home": "/", "library": "/library", "jobs": "/jobs", "weights": "/weights", "architecture": "/architecture", "graph": "/graph", "quantization": "/quantization"}
-TRACE_PAGES = {"trace": "/trace", "attention": "/attention", "activations": "/activations", "lens": "/lens"}
+TRACE_PAGES = {"trace": "/trace", "attention": "/attention", "activations": "/activations", "lens": "/lens", "logits": "/logits"}
 CHROMIUM = "/usr/bin/chromium"
 
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from backend.analysis.activations import bucket_edges
+
 _CELLS = 1 << 21  # cells of one float64 working block: 16 MB
 
 
@@ -200,3 +202,12 @@ def cumulative_perplexity(next_logprobs: NDArray[np.floating]) -> NDArray[np.flo
     with np.errstate(over="ignore"):
         means = np.cumsum(surprises[:-1]) / np.arange(1, len(surprises))
         return np.append(np.exp(means), np.nan)
+
+
+def strongest(values: NDArray[np.floating], most: int) -> tuple[NDArray[np.floating], NDArray[np.int64]]:
+    """At most `most` values that stand for all: the largest of each run of positions. (pos,) -> (cell,), edges (cell + 1,) of the runs.
+
+    NaN only where a whole run is NaN.
+    """
+    edges = bucket_edges(len(values), min(most, len(values)))
+    return np.fmax.reduceat(values, edges[:-1]), edges
