@@ -7,9 +7,11 @@
     window.dash_clientside = window.dash_clientside || {};
     window.dash_clientside.layerscope = Object.assign(window.dash_clientside.layerscope || {}, {
         colourStrip(metric) {
-            if (!menu() || !metric || menu().value === metric) return;
-            menu().value = metric;
-            menu().dispatchEvent(new Event("change", { bubbles: true }));
+            if (menu() && metric && menu().value !== metric) {
+                menu().value = metric;
+                menu().dispatchEvent(new Event("change", { bubbles: true }));
+            }
+            return window.dash_clientside.no_update;
         },
     });
 })();

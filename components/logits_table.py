@@ -11,29 +11,33 @@ from components.position_table import BLOCK, block_of
 from components.token_label import token_label
 
 UNITS = {"nats": 1.0, "bits": float(np.log(2))}  # nats in one
+_LOOKS = ("num muted", "chip-token", "num", "chip-token", "chip-token", "num", "num", "num", "num")  # of the columns
 SHOWN_TOP = 3  # next tokens in a row; the bars of the chosen position show all
 
 
-def prediction_table(trace: Trace, position: int, unit: str, k: int) -> html.Table:
-    """The block of positions that holds `position`: what each predicted, what followed, and what that cost."""
+def prediction_table(trace: Trace, position: int, unit: str) -> html.Table:
+    """The block of positions that holds `position`: what each predicted, what followed, and what that cost.
+
+    A cell is one piece of text: every element inside it would cost the browser as much as another cell.
+    """
     start = block_of(position)
     stop, scale = min(start + BLOCK, trace.n_tokens), UNITS[unit]
-    shown = min(k, SHOWN_TOP)
-    ids, probs = trace.top_ids[start:stop, :shown], np.exp(trace.top_logprobs[start:stop, :shown])
+    ids, probs = trace.top_ids[start:stop, :SHOWN_TOP], np.exp(trace.top_logprobs[start:stop, :SHOWN_TOP])
     logprobs, ranks, entropy = trace.next_logprobs / scale, trace.next_ranks, trace.entropy / scale
     perplexity = cumulative_perplexity(trace.next_logprobs)
-    titles = (("Position", "num"), ("After", ""), (f"Entropy, {unit}", "num"), (f"Top {shown}", ""), ("What follows", ""), (f"Log-prob, {unit}", "num"),
-              ("Rank", "num"), (f"Surprise, {unit}", "num"), ("Perplexity so far", "num"))  # fmt: skip
     rows = []
     for at in range(start, stop):
-        last = at + 1 == trace.n_tokens
-        guesses = [_guess(trace, int(i), float(p), not last and int(i) == trace.token_ids[at + 1]) for i, p in zip(ids[at - start], probs[at - start], strict=True)]
-        rank = "no rank" if ranks[at] < 0 else f"{ranks[at] + 1:,}"
-        follows = ["–"] * 5 if last else [_token(trace, at + 1), _number(logprobs[at]), rank, _number(-logprobs[at]), _number(perplexity[at])]
-        cells = [at, _token(trace, at), _number(entropy[at]), guesses, *follows]
-        rows.append(html.Tr([html.Td(cell, className=f"{look} nowrap") for cell, (_, look) in zip(cells, titles, strict=True)],
+        guesses = "   ".join(f"{token_label(trace.token_text(i), max_length=14)} {p:.3f}" for i, p in zip(ids[at - start], probs[at - start], strict=True))
+        follows = ["–"] * 5
+        if at + 1 < trace.n_tokens:
+            rank = "no rank" if ranks[at] < 0 else f"{ranks[at] + 1:,}"
+            follows = [_token(trace, at + 1), _number(logprobs[at]), rank, _number(-logprobs[at]), _number(perplexity[at])]
+        cells = [str(at), _token(trace, at), _number(entropy[at]), guesses, *follows]
+        rows.append(html.Tr([html.Td(cell, className=look) for cell, look in zip(cells, _LOOKS, strict=True)],
                             tabIndex=0, className="chosen" if at == position else "", **{"data-pos": at}))  # fmt: skip
-    return html.Table([html.Thead(html.Tr([html.Th(title, className=look) for title, look in titles])), html.Tbody(rows)], className="ls-table positions")
+    titles = ("Position", "After", f"Entropy, {unit}", f"Top {SHOWN_TOP}", "What follows", f"Log-prob, {unit}", "Rank", f"Surprise, {unit}", "Perplexity so far")
+    head = [html.Th(title, className="num" if look.startswith("num") else "") for title, look in zip(titles, _LOOKS, strict=True)]
+    return html.Table([html.Thead(html.Tr(head)), html.Tbody(rows)], className="ls-table positions")
 
 
 def totals_table(trace: Trace, unit: str) -> html.Table:
@@ -59,14 +63,8 @@ def _totals(logprobs: np.ndarray, ranks: np.ndarray, entropy: np.ndarray, scale:
     return [f"{n:,}", _number(surprise / scale), _number(perplexity), _number(mean_entropy / scale), *shares, f"{np.count_nonzero(np.isnan(logprobs)):,}"]
 
 
-def _token(trace: Trace, at: int) -> html.Span:
-    mark = html.Span(" new", className="muted small", title="generated") if at >= trace.n_prompt else None
-    return html.Span([html.Span(token_label(trace.token_texts[at], at in trace.special, 20), className="chip-token"), mark])
-
-
-def _guess(trace: Trace, token_id: int, prob: float, follows: bool) -> html.Span:
-    text = html.Span(token_label(trace.token_text(token_id), max_length=14), className="chip-token")
-    return html.Span([html.B(text) if follows else text, html.Span(f" {prob:.3f}", className="muted small")], className="guess")
+def _token(trace: Trace, at: int) -> str:
+    return f"{token_label(trace.token_texts[at], at in trace.special, 20)}{' (new)' if at >= trace.n_prompt else ''}"
 
 
 def _number(value: float) -> str:

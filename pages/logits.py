@@ -15,7 +15,7 @@ from components.figures.logits import PositionCurves, prediction_lines, top_bars
 from components.follow_token import position_in
 from components.graph import graph, graph_tools
 from components.logits_table import UNITS, prediction_table, totals_table
-from components.position_table import block_words
+from components.position_table import block_of, block_words
 from components.services import services
 from components.token_label import token_label, token_labels
 from components.token_strip import METRICS
@@ -40,7 +40,7 @@ ABOUT_TOP = (
     "its own colour; the last bar is all other tokens together.",
 )  # fmt: skip
 ABOUT_TABLE = (
-    "One prediction a row. Log-prob, surprise and rank are those of the token that follows; rank 1 was the model's first choice. The token that follows is bold among the best. "
+    "One prediction a row. Log-prob, surprise and rank are those of the token that follows; rank 1 was the model's first choice. "
     "A prediction that is NaN has no distribution: its numbers are NaN and its tokens have no rank.",
 )  # fmt: skip
 
@@ -76,7 +76,8 @@ def _cards(trace: Trace, unit: str, k: int, at: int) -> list[Any]:
                [choose, *graph_tools("logits-top", "top-tokens")], list(ABOUT_TOP), className="fill")  # fmt: skip
     totals = card("Prompt and generated tokens", html.Div(totals_table(trace, unit), id="logits-totals", className="table-scroll"), "Means over the tokens that were predicted.",
                   about=list(ABOUT_TABLE))  # fmt: skip
-    table = card("Predictions", html.Div(prediction_table(trace, at, unit, k), id="logits-table", className="table-scroll table-tall"),
+    predictions = html.Div(prediction_table(trace, at, unit), id="logits-table", className="table-scroll table-tall")
+    table = card("Predictions", [predictions, dcc.Store(id="logits-shown", data={"unit": unit, "start": block_of(at)})],
                  html.Span(block_words(trace, at), id="logits-words"), about=list(ABOUT_TABLE), className="wide")  # fmt: skip
     return [html.Div([lines, top, totals, table], className="cards cards-wide-left")]
 
@@ -113,13 +114,17 @@ def show_top(k: int, position: int | None, theme: str, page: dict[str, Any]):
 
 
 @callback(
-    Output("logits-table", "children"), Output("logits-words", "children"), Output("logits-totals", "children"),
-    Input("logits-unit", "value"), Input("logits-k", "value"), Input("position", "data"), State("page-state", "data"), prevent_initial_call=True,
+    Output("logits-table", "children"), Output("logits-words", "children"), Output("logits-totals", "children"), Output("logits-shown", "data"),
+    Input("logits-unit", "value"), Input("position", "data"), State("logits-shown", "data"), State("page-state", "data"), prevent_initial_call=True,
 )  # fmt: skip
-def show_table(unit: str, k: int, position: int | None, page: dict[str, Any]):
+def show_table(unit: str, position: int | None, shown: dict[str, Any], page: dict[str, Any]):
+    """Another unit, or another part of a long run; within the part that is shown the browser marks the row."""
     trace = services().library.open(page["trace"])
     at = position_in(trace, position)
-    return prediction_table(trace, at, unit, k), block_words(trace, at), totals_table(trace, unit)
+    wanted = {"unit": unit, "start": block_of(at)}
+    if wanted == shown:
+        return no_update, no_update, no_update, no_update
+    return prediction_table(trace, at, unit), block_words(trace, at), totals_table(trace, unit), wanted
 
 
 @callback(Output("position", "data", allow_duplicate=True), Input("logits-lines", "clickData"), prevent_initial_call=True)
@@ -127,5 +132,6 @@ def choose_clicked(click: dict[str, Any] | None):
     return int(click["points"][0]["x"]) if click else no_update
 
 
-clientside_callback(ClientsideFunction("layerscope", "colourStrip"), Input("logits-colour", "value"))
+# The output is never written: Dash runs a callback when a page opens only if it has one there.
+clientside_callback(ClientsideFunction("layerscope", "colourStrip"), Output("logits-colour", "id"), Input("logits-colour", "value"))
 keep_url({"unit": ("logits-unit", "value"), "k": ("logits-k", "value"), "colour": ("logits-colour", "value")})

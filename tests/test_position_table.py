@@ -58,13 +58,13 @@ def test_generated_tokens_are_marked(trace):
 
 
 def test_a_prediction_says_what_followed_it_and_what_that_cost_in_the_unit(trace):
-    shown = rows(prediction_table(trace, 3, "bits", 10))
+    shown = rows(prediction_table(trace, 3, "bits"))
     bits = 3 / np.log(2)
     assert shown[3][:2] == ["3", "·t3"] and shown[3][2] == f"{1 / np.log(2):.3f}"
-    assert shown[3][3] == "·v7 0.500·v8 0.250·v9 0.125"
+    assert shown[3][3] == "·v7 0.500   ·v8 0.250   ·v9 0.125"
     assert shown[3][4:8] == ["·t4", f"-{bits:.3f}", "4", f"{bits:.3f}"]
     assert shown[3][8] == f"{np.exp((0 + 1 + 2 + 3) / 4):.3f}"  # perplexity is the same in every unit
-    last = rows(prediction_table(trace, N - 1, "nats", 10))[-1]
+    last = rows(prediction_table(trace, N - 1, "nats"))[-1]
     assert last[4:] == ["–"] * 5
 
 
