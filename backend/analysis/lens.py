@@ -82,5 +82,10 @@ def lens_row(row: NDArray[np.floating], final: NDArray[np.floating], ids: ArrayL
 
 def target_row(row: NDArray[np.floating], token_id: int) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
     """Log-probability and rank of one token at every position of one layer. row: (pos, d_vocab) -> (pos,), (pos,)."""
-    values = np.asarray(row[:, token_id], np.float64) - logits.logsumexp(row)
-    return values.astype(np.float32), logits.rank_of(row, token_id)
+    reader, logprobs, ranks = logits.RowReader(row.shape[1], 1), np.empty(len(row), np.float32), np.empty(len(row), np.int32)
+    with np.errstate(invalid="ignore"):
+        for i, values in enumerate(row):
+            reader.take(np.asarray(values, np.float32))
+            logprobs[i] = float(values[token_id]) - reader.top - reader.log_total
+            ranks[i] = reader.rank(np.asarray(values, np.float32), token_id)
+    return logprobs, ranks

@@ -115,9 +115,13 @@ class RowReader:
         own_entropy = self.log_total - spread  # -sum p ln p with ln p = shifted - ln total
         if math.isnan(own_entropy) and not math.isnan(log_sum):  # a logit of -inf, whose p ln p is 0
             own_entropy = float(entropy(row[None])[0])
-        rank = -1 if math.isnan(self.top) else int(np.count_nonzero(row > value)) + int(np.count_nonzero(row[:following] == value))
         best = top_ids(row[None], self.k)[0] if math.isnan(self.top) else _row_top_ids(row, self.k)
-        return RowSums(best, row[best] - np.float64(log_sum), (log_sum, own_entropy, float(value) - log_sum), rank)
+        return RowSums(best, row[best] - np.float64(log_sum), (log_sum, own_entropy, float(value) - log_sum), self.rank(row, following))
+
+    def rank(self, row: NDArray[np.float32], token: int) -> int:
+        """How many tokens stand before `token` in the row that was taken last, as `rank_of` counts."""
+        value = row[token]
+        return -1 if math.isnan(self.top) else int(np.count_nonzero(row > value)) + int(np.count_nonzero(row[:token] == value))
 
 
 def summary(logits: NDArray[np.float32], following: NDArray[np.integer], k: int) -> dict[str, NDArray]:

@@ -56,6 +56,7 @@ KINDS: dict[str, Experiment] = {
     "capture": _job("capture", "capture_job"),
     "lens": _job("logit_lens", "lens_job"),
     "lens_target": _job("logit_lens", "lens_target_job"),
+    "tuned_lens": _job("tuned_lens", "tuned_lens_job"),
     "quantization": _job("quantization", "quantization_job"),
     "graph": _job("graph", "graph_job"),
     "weight_report": _job("weight_report", "weight_report_job"),
