@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from tqdm import tqdm
 
-from backend.commands import quantization, weights
+from backend.commands import quantization, tuned_lens, weights
 from backend.commands.graph import graph
 from backend.errors import LayerscopeError
 
@@ -235,6 +236,12 @@ def _one_of(what: str, value: str, choices: tuple[str, ...]) -> Any:
     return value
 
 
+def _data_dir() -> Path:
+    from config import load_settings
+
+    return load_settings().data_dir
+
+
 def _register(path: Any) -> None:
     from backend.library import Library
     from config import load_settings
@@ -244,6 +251,7 @@ def _register(path: Any) -> None:
 
 weights.register(app, _Bar)
 quantization.register(app, _Bar)
+tuned_lens.register(app, _Bar, _data_dir)
 
 
 def main(run: Callable[[], Any] = app) -> None:

@@ -14,7 +14,7 @@ def guesses_table(lens: LensValues, at: int, shown: int) -> html.Table:
     """`shown` tokens of each row at position `at` with their probability, the model's own output first."""
     ids, logprobs = lens.result("lens_top_ids")[:, at, :shown], lens.result("lens_top_logprobs")[:, at, :shown]
     ranks, follows, rows = lens.result("lens_next_rank")[:, at], at + 1 < lens.trace.n_tokens, lens.rows
-    header = [html.Th("Layer"), *(html.Th(f"{i + 1}.") for i in range(ids.shape[1])), html.Th("Rank of next", className="num") if follows else None]
+    header = [html.Th("Layer"), *(html.Th(f"{i + 1}.") for i in range(ids.shape[1])), html.Th("Rank", className="num", title="of the token that follows") if follows else None]
     body = []
     for r in reversed(range(len(rows))):
         cells = [

@@ -15,7 +15,7 @@ from components.figures.lens import held_out_bars
 from components.figures.theme import no_figure
 from components.graph import graph, graph_tools
 from components.jobs_tray import job_or_none, job_panel
-from components.lens_controls import LOGIT, lenses_of
+from components.lens_controls import lenses_of
 from components.services import services
 from components.states import error
 
@@ -46,22 +46,25 @@ def tuned_lens_card(trace: Trace) -> Any:
         className="tuned-form",
     )
     state = [dcc.Store(id="tuned-job"), html.Div(id="tuned-state", className="target-state", role="status")]
-    body = [graph("tuned-kl", height=230), form, *state]
+    body = [html.Div(graph("tuned-kl", height=230), id="tuned-picture", hidden=not lenses_of(trace)), form, *state]
     return card("Tuned lens", body, html.Span("", id="tuned-subtitle"), graph_tools("tuned-kl", "tuned-lens-kl"), list(ABOUT_TUNED), className="wide")
 
 
-@callback(Output("tuned-kl", "figure"), Output("tuned-subtitle", "children"), Input("lens-kind", "value"), Input("theme", "data"), State("page-state", "data"))
+@callback(
+    Output("tuned-kl", "figure"), Output("tuned-subtitle", "children"), Output("tuned-picture", "hidden"),
+    Input("lens-kind", "value"), Input("theme", "data"), State("page-state", "data"),
+)  # fmt: skip
 def show_training(kind: str, theme: str, page: dict[str, Any]):
     """The held-out KL of the chosen lens, or of the first there is."""
     trace = services().library.open(page["trace"])
     lenses = lenses_of(trace)
     if not lenses:
-        return no_figure(theme, "No tuned lens fits this model yet: train one below."), "None has been trained for this model."
+        return no_figure(theme, ""), "None has been trained for this model yet. Training runs as a job.", True
     lens = next((lens for lens in lenses if lens.tag == kind), lenses[0])
     kl = {row: values for row, values in lens.made["held_out_kl"].items() if row in lens.made["rows"]}
     figure = held_out_bars(np.array(list(kl.values()), np.float32), list(kl), theme)
-    chosen = "" if kind != LOGIT else " Choose it under Lens above."
-    return figure, f"{lens.name}: {lens.made['steps']:,} steps on {lens.made['n_tokens']:,} tokens, {lens.made['n_tokens_held_out']:,} held out.{chosen}"
+    chosen = "" if lens.tag == kind else " Choose it under Lens above."
+    return figure, f"{lens.name}: {lens.made['steps']:,} steps on {lens.made['n_tokens']:,} tokens, {lens.made['n_tokens_held_out']:,} held out.{chosen}", False
 
 
 @callback(

@@ -49,7 +49,8 @@ def layout(trace: str | None = None, mode: str | None = None, target: str | None
         return choice_in(opened, site, layer, lens)
 
     def build(opened: Trace) -> list[Any]:
-        return [dcc.Store(id="lens-target", data=(target or "")[:200]), html.Div(_body(opened, chosen(opened), (target or "")[:200]), id="lens-body")]
+        text = (target or "")[:200]
+        return [dcc.Store(id="lens-target", data=text), html.Div(_body(opened, chosen(opened), text), id="lens-body"), cards(tuned_lens_card(opened))]
 
     def controls(opened: Trace) -> Any:
         return lens_picker(opened, chosen(opened), as_choice(mode, list(MODES), "probability"))
@@ -65,12 +66,13 @@ def _body(trace: Trace, choice: LensChoice, target: str) -> list[Any]:
     n_rows = len(lens.rows)
     wide = {"minWidth": 70 + 58 * min(WINDOW, trace.n_tokens)}
     table = html.Div(html.Div(graph("lens-table", height=110 + 30 * n_rows), style=wide), className="table-scroll")
-    guesses = card(html.Span("", id="guesses-title"), html.Div(id="lens-guesses", className="table-scroll table-tall"), "The best tokens of each row, with their probability.")
+    guesses = card(html.Span("", id="guesses-title"), html.Div(id="lens-guesses", className="table-scroll table-tall"),
+                   "The best tokens of each row, with their probability; last, the rank of the token that follows.")  # fmt: skip
     depth = card("Towards the answer", graph("lens-depth", height=300, className="fill"), html.Span("", id="depth-subtitle"), graph_tools("lens-depth"),
                  list(ABOUT_TABLE), className="fill")  # fmt: skip
     of = {"resid_post": "each layer", "result": f"each head of layer {choice.layer}"}.get(choice.site, f"{choice.site} at each layer")
     top = card(f"Top token of {of}", table, html.Span("", id="lens-subtitle"), graph_tools("lens-table", "lens"), list(ABOUT_TABLE), className="wide")
-    return [store, cards(top, guesses, depth, follow_card(target), tuned_lens_card(trace))]
+    return [store, cards(top, guesses, depth, follow_card(target))]
 
 
 @callback(
