@@ -15,7 +15,7 @@ from components.figures.theme import LINES, MONO, colours, compact, escape, figu
 MODES = {
     "probability": "probability of the top token",
     "entropy": "entropy, nats",
-    "kl": "KL(model || layer), nats",
+    "kl": "KL(model || row), nats",
     "rank": "rank of the token that follows",
     "chosen": "probability of the token that follows",
 }
@@ -67,9 +67,10 @@ def depth_curves(curves: Mapping[str, NDArray[np.floating]], rows: Sequence[str]
                           horizontal_spacing=0.08, subplot_titles=[escape(title) for title in curves])  # fmt: skip
     palette = LINES["dark" if theme == "dark" else "light"]
     at, names = list(range(len(rows))), [row_label(r) for r in rows]
+    mode = "markers" if any("." in row for row in rows) else "lines+markers"  # heads of a layer do not follow each other
     for i, (title, values) in enumerate(curves.items()):
         place = {"row": 1, "col": i + 1} if side_by_side else {"row": i + 1, "col": 1}
-        line = go.Scatter(x=at, y=compact(values), mode="lines+markers", line={"color": palette[i % len(palette)], "width": 2}, marker={"size": 6},
+        line = go.Scatter(x=at, y=compact(values), mode=mode, line={"color": palette[i % len(palette)], "width": 2}, marker={"size": 6},
                           customdata=names, hovertemplate="%{customdata}<br>%{y:.5g}<extra></extra>")  # fmt: skip
         found.add_trace(line, **place)
         axis = _rank_axis(values) if title in ranks else {"rangemode": "tozero", "nticks": 5}
