@@ -7,7 +7,7 @@ from dash import html
 
 from components.figures.lens import row_label
 from components.lens_values import LensValues
-from components.token_label import token_label
+from components.token_label import predicted_label
 
 
 def guesses_table(lens: LensValues, at: int, shown: int) -> html.Table:
@@ -18,7 +18,7 @@ def guesses_table(lens: LensValues, at: int, shown: int) -> html.Table:
     body = []
     for r in reversed(range(len(rows))):
         cells = [
-            html.Td([html.Div(token_label(lens.token_text(i), max_length=14), className="chip-token"), html.Div(f"{np.exp(lp):.3f}", className="muted small")])
+            html.Td([html.Div(predicted_label(i, lens.token_text(i), lens.trace.info, 14), className="chip-token"), html.Div(f"{np.exp(lp):.3f}", className="muted small")])
             for i, lp in zip(ids[r], logprobs[r], strict=True)
         ]
         body.append(html.Tr([html.Td(row_label(rows[r])), *cells, html.Td(f"{ranks[r] + 1:,}" if ranks[r] >= 0 else "–", className="num") if follows else None]))

@@ -8,10 +8,10 @@ from dash import html
 from backend.analysis.logits import cumulative_perplexity
 from backend.trace import Trace
 from components.position_table import BLOCK, block_of
-from components.token_label import token_label
+from components.token_label import predicted_label, token_label
 
 UNITS = {"nats": 1.0, "bits": float(np.log(2))}  # nats in one
-_LOOKS = ("num muted", "chip-token", "num", "chip-token", "chip-token", "num", "num", "num", "num")  # of the columns
+_LOOKS = ("num muted", "chip-token", "num", "chip-token", "num", "num", "num", "num", "chip-token")  # of the columns
 SHOWN_TOP = 3  # next tokens in a row; the bars of the chosen position show all
 
 
@@ -27,15 +27,15 @@ def prediction_table(trace: Trace, position: int, unit: str) -> html.Table:
     perplexity = cumulative_perplexity(trace.next_logprobs)
     rows = []
     for at in range(start, stop):
-        guesses = "   ".join(f"{token_label(trace.token_text(i), max_length=14)} {p:.3f}" for i, p in zip(ids[at - start], probs[at - start], strict=True))
+        guesses = "   ".join(f"{predicted_label(i, trace.token_text(i), trace.info, 14)} {p:.3f}" for i, p in zip(ids[at - start], probs[at - start], strict=True))
         follows = ["–"] * 5
         if at + 1 < trace.n_tokens:
             rank = "no rank" if ranks[at] < 0 else f"{ranks[at] + 1:,}"
             follows = [_token(trace, at + 1), _number(logprobs[at]), rank, _number(-logprobs[at]), _number(perplexity[at])]
-        cells = [str(at), _token(trace, at), _number(entropy[at]), guesses, *follows]
+        cells = [str(at), _token(trace, at), _number(entropy[at]), *follows, guesses]
         rows.append(html.Tr([html.Td(cell, className=look) for cell, look in zip(cells, _LOOKS, strict=True)],
                             tabIndex=0, className="chosen" if at == position else "", **{"data-pos": at}))  # fmt: skip
-    titles = ("Position", "After", f"Entropy, {unit}", f"Top {SHOWN_TOP}", "What follows", f"Log-prob, {unit}", "Rank", f"Surprise, {unit}", "Perplexity so far")
+    titles = ("Position", "After", f"Entropy, {unit}", "What follows", f"Log-prob, {unit}", "Rank", f"Surprise, {unit}", "Perplexity so far", f"Top {SHOWN_TOP}")
     head = [html.Th(title, className="num" if look.startswith("num") else "") for title, look in zip(titles, _LOOKS, strict=True)]
     return html.Table([html.Thead(html.Tr(head)), html.Tbody(rows)], className="ls-table positions")
 

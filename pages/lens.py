@@ -22,7 +22,7 @@ from components.lens_controls import choice_in, lens_picker
 from components.lens_guesses import guesses_table
 from components.lens_values import LensValues, lens_missing, lens_values, opened_lens
 from components.services import services
-from components.token_label import token_label, token_labels
+from components.token_label import predicted_label, token_label, token_labels
 from components.trace_view import trace_page
 from components.tuned_lens_card import tuned_lens_card
 from components.url_state import as_choice, keep_url
@@ -100,7 +100,7 @@ def show_table(mode: str, position: int | None, token: dict[str, Any] | None, th
     window = slice(first, min(first + WINDOW, trace.n_tokens))
     ids, logprobs = lens.result("lens_top_ids")[:, window, :SHOWN_TOKENS], lens.result("lens_top_logprobs")[:, window, :SHOWN_TOKENS]
     values, followed = _values(lens, mode, token)
-    texts = [[[token_label(lens.token_text(i)) for i in cell] for cell in row] for row in ids]
+    texts = [[[predicted_label(i, lens.token_text(i), trace.info) for i in cell] for cell in row] for row in ids]
     labels = token_labels(trace.token_texts, trace.special, 10)
     following = [*labels[window.start + 1 : window.stop + 1], ""][: window.stop - first]
     figure = lens_table(values[:, window], texts, logprobs, lens.rows, labels[window], first, mode, at, theme, following, followed, trace.n_prompt)

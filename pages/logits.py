@@ -17,7 +17,7 @@ from components.graph import graph, graph_tools
 from components.logits_table import UNITS, prediction_table, totals_table
 from components.position_table import block_of, block_words
 from components.services import services
-from components.token_label import token_label, token_labels
+from components.token_label import predicted_label, token_label, token_labels
 from components.token_strip import METRICS
 from components.trace_view import trace_page
 from components.url_state import as_choice, as_int, keep_url
@@ -105,7 +105,7 @@ def show_top(k: int, position: int | None, theme: str, page: dict[str, Any]):
     at = position_in(trace, position)
     ids, probabilities = trace.top_ids[at, :k].tolist(), np.exp(trace.top_logprobs[at, :k])
     follows = trace.token_ids[at + 1] if at + 1 < trace.n_tokens else None
-    figure = top_bars(probabilities, [token_label(trace.token_text(i), max_length=16) for i in ids], ids, follows, theme)
+    figure = top_bars(probabilities, [predicted_label(i, trace.token_text(i), trace.info, 16) for i in ids], ids, follows, theme)
     after = token_label(trace.token_texts[at], at in trace.special, 20)
     rank = int(trace.next_ranks[at])
     ranked = f"rank {rank + 1:,}" if rank >= 0 else "without a rank: the logits are NaN"

@@ -75,7 +75,7 @@ def depth_curves(curves: Mapping[str, NDArray[np.floating]], rows: Sequence[str]
         found.add_trace(line, **place)
         axis = _rank_axis(values) if title in ranks else {"rangemode": "tozero", "nticks": 5}
         found.update_yaxes(**axis, **place)
-    step = max(1, len(rows) // 16)
+    step = max(1, -(-len(rows) // 12))
     found.update_layout(template=template(theme), margin={"l": 8, "r": 12, "t": 26, "b": 8})
     found.update_annotations(font={"size": 12, "color": colours(theme)["ink-2"]})
     found.update_xaxes(tickmode="array", tickvals=at[::step], ticktext=names[::step], zeroline=False)
