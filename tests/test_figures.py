@@ -11,7 +11,7 @@ from backend.analysis.attention import reduce_max
 from components.figures import theme
 from components.figures.activations import norms_heatmap, statistics_lines, token_dimension_map
 from components.figures.attention import attention_pattern, head_heatmap
-from components.figures.lens import depth_curves, lens_table, target_curves
+from components.figures.lens import depth_curves, held_out_bars, lens_table, target_curves
 from components.figures.logits import PositionCurves, prediction_lines, top_bars
 
 HOSTILE = '<a href="javascript:alert(1)">x</a><br>%{z}'
@@ -239,3 +239,21 @@ def test_the_best_tokens_are_bars_with_the_rest_of_the_vocabulary_last():
     assert bars.marker.color[1] != bars.marker.color[0] and "id 9" in bars.customdata[1] and "<a" not in bars.customdata[1]
     broken = top_bars(np.array([np.nan, np.nan]), ["a", "b"], [0, 1], follows=None).data[0]
     assert list(broken.text) == ["NaN"] * 3
+
+
+def test_a_followed_token_colours_the_lens_by_its_own_probability_and_generated_tokens_are_marked_off():
+    texts = [[["a", "b"]] * 3] * 2
+    values = np.array([[0.25, np.nan, 0.5], [0.75, 0.125, 1.0]])
+    figure = lens_table(values, texts, np.log(np.full((2, 3, 2), 0.25)), ["1.0", "model"], ["x", "y", "z"], first=40, mode="chosen", token=HOSTILE, n_prompt=42)
+    cells = figure.data[0]
+    np.testing.assert_array_equal(cells.z, values.astype(np.float32))
+    assert (cells.zmin, cells.zmax) == (0, 1) and "probability 0.125" in cells.customdata[1, 1] and "<a" not in cells.customdata[1, 1]
+    assert [shape.x0 for shape in figure.layout.shapes] == [41.5]
+    assert not lens_table(values, texts, np.zeros((2, 3, 2)), ["0", "1"], ["x", "y", "z"], first=40, n_prompt=40).layout.shapes
+    assert depth_curves({"KL": np.ones(2)}, ["1.0", "model"]).data[0].mode == "markers"
+
+
+def test_held_out_kl_is_a_bar_before_and_one_after_for_each_row():
+    before, after = held_out_bars(np.array([[3.0, 1.0], [2.0, 0.5]]), ["embed", "0"]).data
+    assert list(before.x) == ["embed", "L0"]
+    np.testing.assert_array_equal([before.y, after.y], [[3, 2], [1, 0.5]])
