@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from backend.commands import batch, embeddings, generate, quantization, weights
+from backend.commands import batch, embeddings, generate, quantization, tuned_lens, weights
 from backend.commands.attribution import attribute
 from backend.commands.graph import graph
 from backend.errors import LayerscopeError
@@ -254,6 +254,7 @@ batch.register(app, _Bar, _settings)
 weights.register(app, _Bar)
 quantization.register(app, _Bar)
 embeddings.register(app, _Bar)
+tuned_lens.register(app, _Bar, lambda: _settings().data_dir)
 
 
 def main(run: Callable[[], Any] = app) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from backend.analysis import logits
 from backend.analysis.activations import reduce_signed
 from backend.analysis.attention import reduce_max
 from components.figures import theme
@@ -12,7 +13,8 @@ from components.figures.activations import norms_heatmap, statistics_lines, toke
 from components.figures.attention import attention_pattern, head_heatmap
 from components.figures.attribution import cumulative_line, head_contributions, part_bars
 from components.figures.distributions import followed_lines, quantile_lines
-from components.figures.lens import depth_curves, lens_table, target_curves
+from components.figures.lens import depth_curves, held_out_bars, lens_table, target_curves
+from components.figures.logits import PositionCurves, prediction_lines, top_bars
 from components.figures.neurons import neuron_bars
 
 HOSTILE = '<a href="javascript:alert(1)">x</a><br>%{z}'
@@ -234,3 +236,56 @@ def test_followed_values_are_drawn_by_size_and_hovered_as_they_are():
     lines = followed_lines(np.array([[-5.0, 0.0, np.inf]]), ["a"], [0, 1, 2], [True], 100.0).data
     np.testing.assert_array_equal(lines[0].y, [5, np.nan, np.inf])
     assert list(lines[0].customdata) == ["-5", "0", "inf"]
+
+
+def curves(surprise: list[float], entropy: list[float]) -> PositionCurves:
+    values = np.array(surprise), np.array(entropy)
+    return PositionCurves(*values, np.exp(values[0]), np.arange(len(surprise) + 1))
+
+
+def test_predictions_are_drawn_at_their_positions_and_nan_is_marked_not_left_out():
+    figure = prediction_lines(curves([1.0, np.nan, 0.5], [2.0, np.nan, 0.25]), ["a", "b", HOSTILE], 2, "bits", position=2)
+    surprise, entropy, perplexity, broken = figure.data
+    np.testing.assert_array_equal(surprise.y, np.float32([1, np.nan, 0.5]))
+    np.testing.assert_array_equal(entropy.y, np.float32([2, np.nan, 0.25]))
+    assert list(broken.x) == [1] and broken.name == "NaN" and "entropy nan bits" in broken.customdata[0]
+    assert perplexity.yaxis == "y2" and "nothing follows" in surprise.customdata[2] and "<a" not in surprise.customdata[2]
+    tint, line = figure.layout.shapes
+    assert (tint.x0, tint.x1, line.x0) == (0.5, 2.5, 2)  # position 1, the prompt's last, predicts the first generated token
+
+
+def test_many_positions_are_drawn_as_the_largest_of_each_run():
+    values = np.zeros(5000)
+    values[3210] = 7
+    surprise, edges = logits.strongest(values, 1024)
+    figure = prediction_lines(PositionCurves(surprise, surprise, surprise + 1, edges), ["t"] * 5000, 5000, "nats")
+    at = int(np.argmax(figure.data[0].y))
+    assert len(figure.data[0].y) == 1024 and figure.data[0].y[at] == 7 and edges[at] <= 3210 < edges[at + 1]
+    assert f"positions {edges[at]}-{edges[at + 1] - 1}" in figure.data[0].customdata[at]
+    assert np.isnan(logits.strongest(np.array([np.nan, np.nan, 1, np.nan]), 2)[0]).tolist() == [True, False]
+
+
+def test_the_best_tokens_are_bars_with_the_rest_of_the_vocabulary_last():
+    bars = top_bars(np.array([0.5, 0.25]), ["a", HOSTILE], [7, 9], follows=9).data[0]
+    np.testing.assert_allclose(bars.x, [0.5, 0.25, 0.25])
+    assert bars.marker.color[1] != bars.marker.color[0] and "id 9" in bars.customdata[1] and "<a" not in bars.customdata[1]
+    broken = top_bars(np.array([np.nan, np.nan]), ["a", "b"], [0, 1], follows=None).data[0]
+    assert list(broken.text) == ["NaN"] * 3
+
+
+def test_a_followed_token_colours_the_lens_by_its_own_probability_and_generated_tokens_are_marked_off():
+    texts = [[["a", "b"]] * 3] * 2
+    values = np.array([[0.25, np.nan, 0.5], [0.75, 0.125, 1.0]])
+    figure = lens_table(values, texts, np.log(np.full((2, 3, 2), 0.25)), ["1.0", "model"], ["x", "y", "z"], first=40, mode="chosen", token=HOSTILE, n_prompt=42)
+    cells = figure.data[0]
+    np.testing.assert_array_equal(cells.z, values.astype(np.float32))
+    assert (cells.zmin, cells.zmax) == (0, 1) and "probability 0.125" in cells.customdata[1, 1] and "<a" not in cells.customdata[1, 1]
+    assert [shape.x0 for shape in figure.layout.shapes] == [41.5]
+    assert not lens_table(values, texts, np.zeros((2, 3, 2)), ["0", "1"], ["x", "y", "z"], first=40, n_prompt=40).layout.shapes
+    assert depth_curves({"KL": np.ones(2)}, ["1.0", "model"]).data[0].mode == "markers"
+
+
+def test_held_out_kl_is_a_bar_before_and_one_after_for_each_row():
+    before, after = held_out_bars(np.array([[3.0, 1.0], [2.0, 0.5]]), ["embed", "0"]).data
+    assert list(before.x) == ["embed", "L0"]
+    np.testing.assert_array_equal([before.y, after.y], [[3, 2], [1, 0.5]])

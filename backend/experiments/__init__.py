@@ -65,6 +65,7 @@ KINDS: dict[str, Experiment] = {
     "neuron_examples": _job("neurons", "neuron_examples_job"),
     "neuron_tokens": _job("neurons", "neuron_tokens_job"),
     "vocabulary": _job("attribution", "vocabulary_job"),
+    "tuned_lens": _job("tuned_lens", "tuned_lens_job"),
     "quantization": _job("quantization", "quantization_job"),
     "embeddings": _job("embeddings", "embeddings_job"),
     "neighbours": _job("embeddings", "neighbours_job"),
