@@ -22,7 +22,7 @@ def without_first(rows: Map) -> NDArray[np.float32]:
     """
     out = np.array(rows, np.float32)
     out[:, 0] = 0
-    left = out.sum(axis=-1, keepdims=True, dtype=np.float64)
+    left = out.sum(axis=-1, keepdims=True)
     out = np.divide(out, left, out=np.full_like(out, np.nan), where=left > 0)
     out[:, 0] = np.nan
     return out
@@ -49,9 +49,8 @@ def value_norms(v: Map, gram: NDArray[np.float64]) -> NDArray[np.float32]:
     Under grouped-query attention neighbouring heads share a key/value head. Source: f(x) of Kobayashi et al. 2020, "Attention is not only a
     weight: analyzing transformers with vector norms"; v holds the bias of W_V, b_O belongs to no head, and a norm after W_O is not applied.
     """
-    n_heads, n_kv_heads = len(gram), v.shape[1]
-    values = np.asarray(v, np.float64)
-    squares = [np.einsum("pd,de,pe->p", values[:, head // (n_heads // n_kv_heads)], gram[head], values[:, head // (n_heads // n_kv_heads)], optimize=True) for head in range(n_heads)]
+    values, shared = np.asarray(v, np.float64), len(gram) // v.shape[1]
+    squares = [np.einsum("pd,pd->p", values[:, head // shared] @ gram[head], values[:, head // shared]) for head in range(len(gram))]
     return np.sqrt(np.maximum(squares, 0)).astype(np.float32)
 
 
@@ -60,7 +59,7 @@ def value_weighted(rows: Map, norms: Map, first_key: int = 0) -> NDArray[np.floa
 
     rows: (q, k), keys from `first_key` on; norms: (pos,) of the head.
     """
-    return np.asarray(rows, np.float32) * norms[first_key : first_key + rows.shape[1]]
+    return (rows * norms[first_key : first_key + rows.shape[1]]).astype(np.float32)
 
 
 def rollout_rows(mean: Map, below: Map, start: int) -> NDArray[np.float32]:
@@ -74,7 +73,7 @@ def rollout_rows(mean: Map, below: Map, start: int) -> NDArray[np.float32]:
     step = 0.5 * np.asarray(mean, np.float32)
     step[np.arange(n), start + np.arange(n)] += 0.5
     step /= step.sum(axis=-1, keepdims=True)
-    return step @ below
+    return np.asarray(step @ below, np.float32)
 
 
 def count_below(rows: Map, start: int, thresholds: Sequence[float] = THRESHOLDS) -> NDArray[np.int64]:
