@@ -55,7 +55,7 @@ def test_value_weighted_rows_add_up_to_at_least_the_length_of_what_the_head_writ
     written = np.linalg.norm(pattern @ v[:, 0] @ w_o.T, axis=-1)
     assert (weighted.sum(-1) >= written * (1 - 1e-5)).all()
     assert weighted[3].sum() == pytest.approx(written[3], rel=1e-5)
-    np.testing.assert_array_equal(views.value_weighted(pattern[:, 2:5], np.arange(6.0), 2), pattern[:, 2:5] * [2, 3, 4])
+    np.testing.assert_allclose(views.value_weighted(pattern[:, 2:5], np.arange(6.0), 2), pattern[:, 2:5] * [2, 3, 4], rtol=1e-6)
 
 
 def test_rollout_over_three_layers_is_the_product_of_the_mixed_maps():
