@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
+from backend.commands import heads as heads_command
 from backend.commands import quantization, weights
 from backend.commands.graph import graph
 from backend.errors import LayerscopeError
@@ -244,6 +245,7 @@ def _register(path: Any) -> None:
 
 weights.register(app, _Bar)
 quantization.register(app, _Bar)
+heads_command.register(app, _Bar)
 
 
 def main(run: Callable[[], Any] = app) -> None:

@@ -53,6 +53,8 @@ def _job(module: str, function: str) -> Experiment:
 
 
 KINDS: dict[str, Experiment] = {
+    "attention_maps": _job("attention_maps", "attention_maps_job"),
+    "head_detector": _job("head_detector", "head_detector_job"),
     "capture": _job("capture", "capture_job"),
     "lens": _job("logit_lens", "lens_job"),
     "lens_target": _job("logit_lens", "lens_target_job"),
