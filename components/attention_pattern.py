@@ -64,7 +64,8 @@ def pattern_card(of: str, view: str, hide_first: bool, scale: str, window: list[
     tools = [html.Button("Pin", id="pin-head", className="tool", title="Keep this head beside the next ones"), *graph_tools("pattern", "attention-pattern")]
     unpin = html.Button("Unpin", id="unpin-head", className="tool")
     pinned_head = html.Div([html.H3("", id="pinned-title"), html.Div([unpin, *graph_tools("pinned", "attention-pinned")[:3]], className="card-tools")], className="pane-head")
-    current = html.Div([html.Div(id="pattern-state"), html.Div(id="maps-progress", className="home-progress"), _graph("pattern")], className="pattern-pane")
+    current_head = html.Div(html.H3("Current"), className="pane-head pane-current")
+    current = html.Div([current_head, html.Div(id="pattern-state"), html.Div(id="maps-progress", className="home-progress"), _graph("pattern")], className="pattern-pane")
     beside = html.Div([pinned_head, _graph("pinned")], id="pinned-pane", className="pattern-pane", hidden=True)
     panes = html.Div([current, beside], className="pattern-panes")
     stores = [dcc.Store(id="pattern-window", data=window), dcc.Store(id="pinned-head", data=pinned)]
@@ -139,7 +140,7 @@ def _picture(trace: Trace, shown: Shown, compared: list[Shown], scale: str, wind
     """The figure, and what is said of it."""
     found = shown_tile(trace, shown, window)
     labels = token_labels(trace.token_texts, trace.special, 12)
-    figure = attention_pattern(found.values, labels, theme, scale == "sqrt", position, (found.rows, found.columns), UNITS[shown.view], colour_limit(trace, compared, window),
+    figure = attention_pattern(found.values, labels, theme, scale == "sqrt", position, (found.rows, found.columns), UNITS[shown.view], colour_limit(trace, compared),
                                signed=shown.view == "scores")  # fmt: skip
     figure.layout.meta["n"] = trace.n_tokens
     return figure, " ".join(["Rows look at columns.", *_remarks(trace, shown, window), *_precision(found, shown)])

@@ -23,7 +23,7 @@ from components.weight_source import source
 
 OF_TITLES = {"head": "One head", "mean": "Mean of the layer's heads", "all": "Mean of all layers", "rollout": "Rollout to this layer"}
 VIEW_TITLES = {"pattern": "Attention", "weighted": "Value-weighted", "scores": "Scores"}
-UNITS = {"pattern": "probability", "weighted": "attention × length of the value through W_O", "scores": "attention score"}
+UNITS = {"pattern": "probability", "weighted": "attention × ‖v W_O‖", "scores": "attention score"}
 
 AT_ONCE = 30_000_000  # cells that are read while somebody waits: a few tenths of a second
 _BLOCK = 512  # rows of W_O at a time
@@ -81,14 +81,12 @@ class NotComputed(LayerscopeError):
         super().__init__("This is made from every head of the trace, which are read once through.")
 
 
-def colour_limit(trace: Trace, shown: list[Shown], window: list[int] | None) -> float:
-    """Top of the colours of maps that are compared: 1 for probabilities, the longest value of the heads, the largest score in sight."""
-    if shown[0].view == "weighted":
-        return float(max(head_norms(trace, each.layer)[each.head].max() for each in shown)) or 1.0
-    if shown[0].view == "scores":
-        sizes = [np.abs(values[np.isfinite(values)]) for values in (shown_tile(trace, each, window).values for each in shown)]
-        return float(max((size.max() for size in sizes if len(size)), default=1.0)) or 1.0
-    return 1.0
+def colour_limit(trace: Trace, shown: list[Shown]) -> float:
+    """Top of the colours of maps that are compared, whichever range of them is in sight: 1 for probabilities, else their largest value."""
+    if shown[0].view == "pattern":
+        return 1.0
+    sizes = [np.abs(values[np.isfinite(values)]) for values in (shown_tile(trace, each, None).values for each in shown)]
+    return float(max((size.max() for size in sizes if len(size)), default=1.0)) or 1.0
 
 
 def head_norms(trace: Trace, layer: int) -> NDArray[np.float32]:

@@ -29,6 +29,7 @@ from components.token_label import token_label, token_labels
 SCOPES = {"head": "This head", "mean": "This layer's heads (mean)", "all": "All layers (mean)"}
 IN_STRIP = 320  # tokens of the strip: those around the chosen one
 IN_TABLE = 8
+_LEAST = 0.00005  # attention that the table writes as more than 0
 
 ABOUT = (
     "Looks at: the chosen token's row of the attention map, how much of its attention goes to each token. Is looked at by: its column, how much each later "
@@ -44,12 +45,12 @@ def token_card(scope: str) -> html.Section:
     choose = dcc.Dropdown(options, scope, id="token-scope", clearable=False, searchable=False, className="picker-view")
     body = html.Div(
         [
-            html.Div([graph("token-attention", height=300), html.Div(id="token-strips")], className="token-pictures"),
+            html.Div(graph("token-attention", height=320), className="token-pictures"),
             html.Div(id="token-tables", className="token-tables"),
         ],
         className="token-body",
     )
-    return card(html.Span("", id="token-title"), body, html.Span("", id="token-subtitle"), [choose, *graph_tools("token-attention")], list(ABOUT), className="wide")
+    return card(html.Span("", id="token-title"), [body, html.Div(id="token-strips")], html.Span("", id="token-subtitle"), [choose, *graph_tools("token-attention")], list(ABOUT), className="wide")
 
 
 @callback(
@@ -117,6 +118,8 @@ def _table(trace: Trace, title: str, values: NDArray[np.float32], first: int) ->
     rows = []
     for i in strongest(values, IN_TABLE):
         place: Any = {"data-pos": int(i) + first}
+        if values[i] < _LEAST:
+            break
         text = token_label(trace.token_texts[int(i) + first], int(i) + first in trace.special, 18)
         rows.append(html.Tr([html.Td(text, className="chip-token"), html.Td(f"{int(i) + first:,}", className="num"), html.Td(f"{values[i]:.4f}", className="num")], **place))
     return html.Table([head, html.Tbody(rows or [html.Tr(html.Td("nothing", colSpan=3, className="muted"))])], className="ls-table compact")

@@ -115,7 +115,9 @@ def _outline(rows: Edges, columns: Edges, theme: str) -> list[dict[str, object]]
     """Hairlines around the cells of the triangle (its edge alone when the cells are small): zero is the card's own ground."""
     top, bottom, left, right = int(rows[0]), int(rows[-1]), int(columns[0]), int(columns[-1])
     if max(bottom - top, right - left) > 48:
-        path = f"M{left - 0.5},{top - 0.5} V{bottom - 0.5} H{min(bottom, right) - 0.5} L{max(left, top) - 0.5},{max(left, top) - 0.5}" if bottom > left else ""
+        begin, end = max(left, top), min(bottom, right)  # of the diagonal
+        edge = f"V{end - 0.5} L{begin - 0.5},{begin - 0.5}" if end > begin else f"V{top - 0.5}"
+        path = f"M{left - 0.5},{top - 0.5} V{bottom - 0.5} H{end - 0.5} {edge}" if bottom > left else ""
     else:
         lines = [f"M{left - 0.5},{i + 0.5} H{min(i + 1, right) - 0.5}" for i in range(max(top, left), bottom)]
         lines += [f"M{j + 0.5},{max(j, top) - 0.5} V{bottom - 0.5}" for j in range(left, min(right, bottom))] + [f"M{left - 0.5},{max(top, left) - 0.5} V{bottom - 0.5}"]

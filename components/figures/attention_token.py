@@ -27,7 +27,8 @@ def token_attention(looks_at: NDArray[np.floating], looked_at_by: NDArray[np.flo
         colour = LINES["dark" if theme == "dark" else "light"][row - 1]
         found.add_bar(x=at, y=compact(heights), customdata=hovers, hovertemplate="%{customdata}<extra></extra>", marker={"color": colour},
                       width=max(0.8, n / MOST_BARS), row=row, col=1, name=words)  # fmt: skip
-        found.update_yaxes(title=words, rangemode="tozero", nticks=4, row=row, col=1)
+        top = float(np.nanmax(heights, initial=0.0))
+        found.update_yaxes(title=words, range=[0, max(1.06 * top, 0.02)], tickformat="~g", nticks=4, row=row, col=1)
     found.update_layout(template=template(theme), bargap=0, margin={"b": 8})
     found.update_xaxes(range=[-0.6, n - 0.4], showgrid=False, zeroline=False, **token_ticks(labels, 48), tickangle=-45)
     found.update_xaxes(showticklabels=False, row=1, col=1)
