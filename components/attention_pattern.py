@@ -91,14 +91,14 @@ _STATE = (
 )  # fmt: skip
 
 
-@callback(Output("pattern", "figure"), Output("pattern-title", "children"), Output("pattern-subtitle", "children"), Output("pattern-state", "children"), *_STATE)
+@callback(Output("pattern", "figure"), Output("pattern-title", "children"), Output("pattern-subtitle", "children"), Output("pattern-state", "children"), *_STATE, State("pattern-title", "children"))
 def show_pattern(chosen: dict[str, int], of: str, view: str, first: list[str], scale: str, window: list[int] | None, pinned: dict[str, int] | None, position: int | None,
-                 theme: str, _: Any, page: dict[str, Any]):  # fmt: skip
-    if ctx.triggered_id == "pinned-head" and (view == "pattern" or of != "head"):
-        return no_update, no_update, no_update, no_update  # the colours of probabilities do not depend on what is beside them
+                 theme: str, _: Any, page: dict[str, Any], drawn: str):  # fmt: skip
     trace = services().library.open(page["trace"])
     shown = shown_map(of, chosen["layer"], chosen["head"], view, bool(first))
     title = _title(shown)
+    if title == drawn and _alone("pinned-head") and shown.view == "pattern":
+        return no_update, no_update, no_update, no_update  # the colours of probabilities do not depend on what is beside them
     lacking = missing_site(trace, shown)
     if lacking:
         return no_figure(theme, f"This trace holds no {lacking} of layer {shown.layer}."), title, "", states.missing(lacking, trace.id)
@@ -112,12 +112,13 @@ def show_pattern(chosen: dict[str, int], of: str, view: str, first: list[str], s
     return figure, title, said, ""
 
 
-@callback(Output("pinned", "figure"), Output("pinned-title", "children"), Output("pinned-pane", "hidden"), Output("attention-cards", "className"), *_STATE)
+@callback(Output("pinned", "figure"), Output("pinned-title", "children"), Output("pinned-pane", "hidden"), Output("attention-cards", "className"), *_STATE, State("pinned-title", "children"))
 def show_pinned(chosen: dict[str, int], of: str, view: str, first: list[str], scale: str, window: list[int] | None, pinned: dict[str, int] | None, position: int | None,
-                theme: str, _: Any, page: dict[str, Any]):  # fmt: skip
+                theme: str, _: Any, page: dict[str, Any], drawn: str):  # fmt: skip
     if not pinned:
         return no_update, "", True, "cards attention-cards"
-    if ctx.triggered_id == "chosen-head" and view == "pattern":
+    title = f"Pinned: {pinned['layer']}.{pinned['head']}"
+    if title == drawn and _alone("chosen-head") and view == "pattern":
         return no_update, no_update, no_update, no_update
     trace = services().library.open(page["trace"])
     shown = shown_map("head", pinned["layer"], pinned["head"], view if of == "head" else "pattern", bool(first))
@@ -126,7 +127,12 @@ def show_pinned(chosen: dict[str, int], of: str, view: str, first: list[str], sc
         figure, _ = _picture(trace, shown, [shown, current] if of == "head" else [shown], scale, window, position, theme)
     except LayerscopeError as problem:
         figure = no_figure(theme, str(problem))
-    return figure, f"Pinned: {shown.layer}.{shown.head}", False, "cards attention-cards pinned"
+    return figure, title, False, "cards attention-cards pinned"
+
+
+def _alone(store: str) -> bool:
+    """Whether this callback runs because of that store and nothing else. When a page opens others come with it."""
+    return set(ctx.triggered_prop_ids) == {f"{store}.data"}
 
 
 def _compared(shown: Shown, pinned: dict[str, int] | None) -> list[Shown]:
