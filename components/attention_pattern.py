@@ -91,7 +91,10 @@ _STATE = (
 )  # fmt: skip
 
 
-@callback(Output("pattern", "figure"), Output("pattern-title", "children"), Output("pattern-subtitle", "children"), Output("pattern-state", "children"), *_STATE, State("pattern-title", "children"))
+@callback(
+    Output("pattern", "figure"), Output("pattern-title", "children"), Output("pattern-subtitle", "children"), Output("pattern-state", "children"),
+    *_STATE, State("pattern-title", "children"),
+)  # fmt: skip
 def show_pattern(chosen: dict[str, int], of: str, view: str, first: list[str], scale: str, window: list[int] | None, pinned: dict[str, int] | None, position: int | None,
                  theme: str, _: Any, page: dict[str, Any], drawn: str):  # fmt: skip
     trace = services().library.open(page["trace"])
@@ -112,7 +115,10 @@ def show_pattern(chosen: dict[str, int], of: str, view: str, first: list[str], s
     return figure, title, said, ""
 
 
-@callback(Output("pinned", "figure"), Output("pinned-title", "children"), Output("pinned-pane", "hidden"), Output("attention-cards", "className"), *_STATE, State("pinned-title", "children"))
+@callback(
+    Output("pinned", "figure"), Output("pinned-title", "children"), Output("pinned-pane", "hidden"), Output("attention-cards", "className"),
+    *_STATE, State("pinned-title", "children"),
+)  # fmt: skip
 def show_pinned(chosen: dict[str, int], of: str, view: str, first: list[str], scale: str, window: list[int] | None, pinned: dict[str, int] | None, position: int | None,
                 theme: str, _: Any, page: dict[str, Any], drawn: str):  # fmt: skip
     if not pinned:

@@ -50,7 +50,8 @@ def token_card(scope: str) -> html.Section:
         ],
         className="token-body",
     )
-    return card(html.Span("", id="token-title"), [body, html.Div(id="token-strips")], html.Span("", id="token-subtitle"), [choose, *graph_tools("token-attention")], list(ABOUT), className="wide")
+    return card(html.Span("", id="token-title"), [body, html.Div(id="token-strips")], html.Span("", id="token-subtitle"), [choose, *graph_tools("token-attention")],
+                list(ABOUT), className="wide")  # fmt: skip
 
 
 @callback(
