@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from dash import ALL, Input, Output, State, callback, ctx, dcc, html, no_update
+from dash import Input, Output, State, callback, dcc, html, no_update
 from numpy.typing import NDArray
 
 from backend.analysis.attention import METRICS
@@ -18,6 +18,7 @@ from backend.trace import Trace
 from components.attention_pattern import want_summary
 from components.attention_source import summary
 from components.card import card
+from components.drawn import drawing, draws, elements
 from components.figures.attention import head_heatmap
 from components.figures.theme import no_figure
 from components.graph import graph, graph_tools
@@ -44,7 +45,7 @@ def table_card(threshold: int) -> html.Section:
     choose = dcc.Dropdown(options, threshold, id="below-threshold", clearable=False, searchable=False, className="picker-metric")
     count = html.Button("Count sparsity and mean", id="count-heads", className="btn btn-outline-secondary", hidden=True)
     tools = [count, html.Label([html.Span("Sparsity"), choose], className="tool-label")]
-    body = html.Div(id="head-table", className="table-scroll table-tall")
+    body = [html.Div(id="head-table", className="table-scroll table-tall"), drawing("head-table")]
     return card("Head metrics", body, "Click a column to sort by it, a row to open the head.", tools, list(ABOUT), className="wide")
 
 
@@ -75,7 +76,7 @@ def show_metric(metric: str, chosen: dict[str, int], theme: str, threshold: int,
 
 
 @callback(
-    Output("head-table", "children"), Output("count-heads", "hidden"),
+    Output("head-table-drawing", "data"), Output("count-heads", "hidden"),
     Input("head-metric", "value"), Input("below-threshold", "value"), Input("maps-ready", "data"), State("chosen-head", "data"), State("page-state", "data"),
 )  # fmt: skip
 def show_table(metric: str, threshold: int, _: Any, chosen: dict[str, int], page: dict[str, Any]):
@@ -83,7 +84,11 @@ def show_table(metric: str, threshold: int, _: Any, chosen: dict[str, int], page
     columns, layers = scores(trace, threshold)
     shown = metric if metric in columns else "entropy"
     share = trace.info.n_heads // trace.info.n_kv_heads
-    return head_table(columns, layers, shown, (chosen["layer"], chosen["head"]), share, THRESHOLDS[threshold]), all(name in columns for name in COUNTED)
+    table = head_table(columns, layers, shown, (chosen["layer"], chosen["head"]), share, THRESHOLDS[threshold])
+    return elements(table), all(name in columns for name in COUNTED)
+
+
+draws("head-table")
 
 
 @callback(Output("count-heads", "disabled"), Input("count-heads", "n_clicks"), prevent_initial_call=True)
@@ -91,11 +96,6 @@ def count(clicks: int | None):
     if clicks:
         want_summary()
     return bool(clicks)
-
-
-@callback(Output("head-metric", "value"), Input({"type": "sort-heads", "metric": ALL}, "n_clicks"), prevent_initial_call=True)
-def sort_by(clicks: list[int | None]):
-    return ctx.triggered_id["metric"] if any(clicks) else no_update
 
 
 @callback(Output("chosen-head", "data", allow_duplicate=True), Input("metric-heads", "clickData"), State("page-state", "data"), prevent_initial_call=True)

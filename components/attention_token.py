@@ -19,6 +19,7 @@ from backend.trace import Trace
 from components.attention_pattern import want_summary
 from components.attention_source import AT_ONCE, shown_map, summary
 from components.card import card
+from components.drawn import drawing, draws, elements
 from components.figures.attention_token import token_attention
 from components.figures.theme import no_figure
 from components.follow_token import position_in
@@ -50,12 +51,13 @@ def token_card(scope: str) -> html.Section:
         ],
         className="token-body",
     )
-    return card(html.Span("", id="token-title"), [body, html.Div(id="token-strips")], html.Span("", id="token-subtitle"), [choose, *graph_tools("token-attention")],
-                list(ABOUT), className="wide")  # fmt: skip
+    tools = [choose, *graph_tools("token-attention")]
+    pictures = [body, html.Div(id="token-strips"), drawing("token-strips")]
+    return card(html.Span("", id="token-title"), pictures, html.Span("", id="token-subtitle"), tools, list(ABOUT), className="wide")
 
 
 @callback(
-    Output("token-attention", "figure"), Output("token-title", "children"), Output("token-subtitle", "children"), Output("token-strips", "children"),
+    Output("token-attention", "figure"), Output("token-title", "children"), Output("token-subtitle", "children"), Output("token-strips-drawing", "data"),
     Output("token-tables", "children"),
     Input("position", "data"), Input("chosen-head", "data"), Input("token-scope", "value"), Input("pattern-first", "value"), Input("theme", "data"), Input("maps-ready", "data"),
     State("page-state", "data"),
@@ -68,13 +70,17 @@ def show_token(position: int | None, chosen: dict[str, int], scope: str, first: 
     try:
         found = _values(trace, scope, chosen, at, bool(first))
     except LayerscopeError as problem:
-        return no_figure(theme, str(problem)), title, where, "", ""
+        return no_figure(theme, str(problem)), title, where, [], ""
     if found is None:
         want_summary()
-        return no_figure(theme, "Made from every head of the trace, which are being read."), title, where, "", ""
+        return no_figure(theme, "Made from every head of the trace, which are being read."), title, where, [], ""
     row, column = found
     labels = token_labels(trace.token_texts, trace.special, 12)
-    return token_attention(row, column, at, labels, theme), title, f"Position {at:,}, {where}.", _strips(trace, row, column, at), _tables(trace, row, column, at)
+    strips = elements(_strips(trace, row, column, at))
+    return token_attention(row, column, at, labels, theme), title, f"Position {at:,}, {where}.", strips, _tables(trace, row, column, at)
+
+
+draws("token-strips")
 
 
 def _where(scope: str, chosen: dict[str, int]) -> str:

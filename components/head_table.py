@@ -1,7 +1,7 @@
 """The table of every head's scores: one column a metric, sorted by one of them, the chosen head marked.
 
-Column titles are buttons with ids {"type": "sort-heads", "metric": name}; a row opens its head through the data attributes that
-assets/heads.js listens to.
+It is drawn by the browser (components.drawn). Column titles are buttons with a data-sort attribute, a row opens its head through its data
+attributes; assets/heads.js listens to both.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def head_table(columns: Mapping[str, NDArray[np.float32]], layers: Sequence[int]
 def _column_head(name: str, sorted_by: bool, threshold: float) -> html.Th:
     arrow = (" ↑" if name.startswith("entropy") else " ↓") if sorted_by else ""
     title = METRIC_TEXTS[name][0] + (f" {threshold:g}" if name == "below" else "")
-    button = html.Button(title + arrow, id={"type": "sort-heads", "metric": name}, className="th-button")
+    by: Any = {"data-sort": name}
+    button = html.Button(title + arrow, className="th-button", **by)
     sort: Any = {"aria-sort": "none" if not sorted_by else "ascending" if arrow == " ↑" else "descending"}
     return html.Th(button, className="num", **sort)
 
