@@ -54,6 +54,16 @@
             if (now[0] === 0 && now[2] === 0 && now[1] === n && now[3] === n) return before ? null : no;
             return before && now.every((place, i) => place === before[i]) ? no : now;
         },
+        /** Another head was chosen: the heatmap's frame moves to it. */
+        frameHead(chosen) {
+            const graph = plot("metric-heads");
+            const layers = graph && graph.layout && graph.layout.meta && graph.layout.meta.layers;
+            const row = layers && chosen ? layers.indexOf(chosen.layer) : -1;
+            if (row >= 0 && graph.layout.shapes && graph.layout.shapes.length) {
+                window.Plotly.relayout(graph, { "shapes[0].x0": chosen.head - 0.5, "shapes[0].x1": chosen.head + 0.5, "shapes[0].y0": row - 0.5, "shapes[0].y1": row + 0.5 });
+            }
+            return window.dash_clientside.no_update;
+        },
         /** Pin the chosen head, or unpin. */
         pinHead(pin, unpin, chosen) {
             const by = (window.dash_clientside.callback_context.triggered || []).map((t) => t.prop_id);

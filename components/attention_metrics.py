@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from dash import Input, Output, State, callback, dcc, html, no_update
+from dash import ClientsideFunction, Input, Output, State, callback, clientside_callback, dcc, html, no_update
 from numpy.typing import NDArray
 
 from backend.analysis.attention import METRICS
@@ -61,10 +61,10 @@ def scores(trace: Trace, threshold: int, at_once: int = _WITHOUT_ASKING) -> tupl
 
 @callback(
     Output("metric-heads", "figure"), Output("metric-title", "children"),
-    Input("head-metric", "value"), Input("chosen-head", "data"), Input("theme", "data"), Input("below-threshold", "value"), Input("maps-ready", "data"),
-    State("page-state", "data"),
+    Input("head-metric", "value"), Input("theme", "data"), Input("below-threshold", "value"), Input("maps-ready", "data"),
+    State("chosen-head", "data"), State("page-state", "data"),
 )  # fmt: skip
-def show_metric(metric: str, chosen: dict[str, int], theme: str, threshold: int, _: Any, page: dict[str, Any]):
+def show_metric(metric: str, theme: str, threshold: int, _: Any, chosen: dict[str, int], page: dict[str, Any]):
     trace = services().library.open(page["trace"])
     title, limit, _words = METRIC_TEXTS[metric]
     columns, layers = scores(trace, threshold)
@@ -73,6 +73,10 @@ def show_metric(metric: str, chosen: dict[str, int], theme: str, threshold: int,
         return no_figure(theme, "Counted from every head of the trace, which are being read."), f"{title} of every head"
     said = f"{title} {THRESHOLDS[threshold]:g}" if metric == "below" else title
     return head_heatmap(columns[metric], layers, said, (chosen["layer"], chosen["head"]), theme, limit), f"{said} of every head"
+
+
+# The frame follows the chosen head in the browser: the picture stays.
+clientside_callback(ClientsideFunction("layerscope", "frameHead"), Output("metric-heads", "id"), Input("chosen-head", "data"))
 
 
 @callback(

@@ -1,7 +1,7 @@
 """The pattern card of the Attention page: the map that is chosen, its view and range, and a pinned head beside it in the same colours.
 
 Its callbacks need the stores `chosen-head`, `position`, `theme`, `page-state` and `jobs-now`. A range that is zoomed to lies in the store
-`pattern-window` (assets/attention.js) and is read again at full resolution.
+`pattern-window` (assets/attention.js) and is read again at full resolution. `pattern-shown` holds the head that is drawn: other cards wait for it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from components.attention_source import (
     Shown,
     colour_limit,
     missing_site,
+    short_labels,
     shown_map,
     shown_tile,
     submit_summary,
@@ -32,7 +33,6 @@ from components.figures.theme import no_figure
 from components.graph import GRAPH_CONFIG, graph, graph_tools
 from components.jobs_tray import job_or_none, job_panel
 from components.services import services
-from components.token_label import token_labels
 
 ABOUT = (
     "Row: the token that looks (query). Column: the token it looks at (key). Each row sums to 1. The triangle above the diagonal is empty because a model that "
@@ -69,7 +69,7 @@ def pattern_card(of: str, view: str, hide_first: bool, scale: str, window: list[
     beside = html.Div([pinned_head, _graph("pinned")], id="pinned-pane", className="pattern-pane", hidden=True)
     panes = html.Div([current, beside], className="pattern-panes")
     stores = [dcc.Store(id="pattern-window", data=window), dcc.Store(id="pinned-head", data=pinned)]
-    stores += [dcc.Store(id=name) for name in ("maps-wanted", "maps-job", "maps-ready", "pattern-tip")]
+    stores += [dcc.Store(id=name) for name in ("maps-wanted", "maps-job", "maps-ready", "pattern-tip", "pattern-shown")]
     return card(html.Span("", id="pattern-title"), [*stores, controls, panes], html.Span("", id="pattern-subtitle"), tools, list(ABOUT), className="fill pattern-card")
 
 
@@ -93,7 +93,7 @@ _STATE = (
 
 @callback(
     Output("pattern", "figure"), Output("pattern-title", "children"), Output("pattern-subtitle", "children"), Output("pattern-state", "children"),
-    *_STATE, State("pattern-title", "children"),
+    Output("pattern-shown", "data"), *_STATE, State("pattern-title", "children"),
 )  # fmt: skip
 def show_pattern(chosen: dict[str, int], of: str, view: str, first: list[str], scale: str, window: list[int] | None, pinned: dict[str, int] | None, position: int | None,
                  theme: str, _: Any, page: dict[str, Any], drawn: str):  # fmt: skip
@@ -101,18 +101,18 @@ def show_pattern(chosen: dict[str, int], of: str, view: str, first: list[str], s
     shown = shown_map(of, chosen["layer"], chosen["head"], view, bool(first))
     title = _title(shown)
     if title == drawn and _alone("pinned-head") and shown.view == "pattern":
-        return no_update, no_update, no_update, no_update  # the colours of probabilities do not depend on what is beside them
+        return no_update, no_update, no_update, no_update, no_update  # the colours of probabilities do not depend on what is beside them
     lacking = missing_site(trace, shown)
     if lacking:
-        return no_figure(theme, f"This trace holds no {lacking} of layer {shown.layer}."), title, "", states.missing(lacking, trace.id)
+        return no_figure(theme, f"This trace holds no {lacking} of layer {shown.layer}."), title, "", states.missing(lacking, trace.id), chosen
     try:
         figure, said = _picture(trace, shown, _compared(shown, pinned), scale, window, position, theme)
     except NotComputed as problem:
         want_summary()
-        return no_figure(theme, "Not computed yet."), title, str(problem), ""
+        return no_figure(theme, "Not computed yet."), title, str(problem), "", chosen
     except LayerscopeError as problem:
-        return no_figure(theme, str(problem)), title, "", ""
-    return figure, title, said, ""
+        return no_figure(theme, str(problem)), title, "", "", chosen
+    return figure, title, said, "", chosen
 
 
 @callback(
@@ -122,7 +122,7 @@ def show_pattern(chosen: dict[str, int], of: str, view: str, first: list[str], s
 def show_pinned(chosen: dict[str, int], of: str, view: str, first: list[str], scale: str, window: list[int] | None, pinned: dict[str, int] | None, position: int | None,
                 theme: str, _: Any, page: dict[str, Any], drawn: str):  # fmt: skip
     if not pinned:
-        return no_update, "", True, "cards attention-cards"
+        return (no_update, "", True, "cards attention-cards") if drawn else (no_update, no_update, no_update, no_update)
     title = f"Pinned: {pinned['layer']}.{pinned['head']}"
     if title == drawn and _alone("chosen-head") and view == "pattern":
         return no_update, no_update, no_update, no_update
@@ -151,7 +151,7 @@ def _compared(shown: Shown, pinned: dict[str, int] | None) -> list[Shown]:
 def _picture(trace: Trace, shown: Shown, compared: list[Shown], scale: str, window: list[int] | None, position: int | None, theme: str) -> tuple[Any, str]:
     """The figure, and what is said of it."""
     found = shown_tile(trace, shown, window)
-    labels = token_labels(trace.token_texts, trace.special, 12)
+    labels = short_labels(trace)
     figure = attention_pattern(found.values, labels, theme, scale == "sqrt", position, (found.rows, found.columns), UNITS[shown.view], colour_limit(trace, compared),
                                signed=shown.view == "scores")  # fmt: skip
     figure.layout.meta["n"] = trace.n_tokens

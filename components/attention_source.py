@@ -19,6 +19,7 @@ from backend.reports.attention_maps import Shown, Summary, Tile, n_cells, summar
 from backend.trace import Trace
 from components.figures.attention import LARGEST
 from components.services import services
+from components.token_label import token_labels
 from components.weight_source import source
 
 OF_TITLES = {"head": "One head", "mean": "Mean of the layer's heads", "all": "Mean of all layers", "rollout": "Rollout to this layer"}
@@ -72,6 +73,17 @@ def _tile(trace_id: str, shown: Shown, window: Window) -> Tile:
         raise LayerscopeError(known.rollout_lacks)
     norms = head_norms(trace, shown.layer)[shown.head] if shown.view == "weighted" else None
     return tile(trace, shown, range(window[0], window[1]), range(window[2], window[3]), LARGEST, norms, known)
+
+
+def short_labels(trace: Trace) -> list[str]:
+    """Display text of every token, cut short."""
+    return _labels(trace.id)
+
+
+@functools.lru_cache(maxsize=8)
+def _labels(trace_id: str) -> list[str]:
+    trace = services().library.open(trace_id)
+    return token_labels(trace.token_texts, trace.special, 12)
 
 
 class NotComputed(LayerscopeError):

@@ -1,7 +1,7 @@
 """The token card of the Attention page: where the chosen token looks and who looks at it, over one head, a layer's heads or all of them.
 
 A figure, a strip of the tokens in the colour of their attention, and the strongest of both as tables. Its callbacks need the stores
-`chosen-head`, `position`, `theme`, `maps-ready` and `page-state`, and the control `pattern-first`.
+`pattern-shown`, `position`, `theme`, `maps-ready` and `page-state`, and the control `pattern-first`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from dash import Input, Output, State, callback, dcc, html
+from dash.exceptions import PreventUpdate
 from numpy.typing import NDArray
 
 from backend.analysis.attention_views import strongest
@@ -17,7 +18,7 @@ from backend.errors import LayerscopeError
 from backend.reports.attention_maps import looks_at, n_cells
 from backend.trace import Trace
 from components.attention_pattern import want_summary
-from components.attention_source import AT_ONCE, shown_map, summary
+from components.attention_source import AT_ONCE, short_labels, shown_map, summary
 from components.card import card
 from components.drawn import drawing, draws, elements
 from components.figures.attention_token import token_attention
@@ -25,7 +26,7 @@ from components.figures.theme import no_figure
 from components.follow_token import position_in
 from components.graph import graph, graph_tools
 from components.services import services
-from components.token_label import token_label, token_labels
+from components.token_label import token_label
 
 SCOPES = {"head": "This head", "mean": "This layer's heads (mean)", "all": "All layers (mean)"}
 IN_STRIP = 320  # tokens of the strip: those around the chosen one
@@ -59,10 +60,12 @@ def token_card(scope: str) -> html.Section:
 @callback(
     Output("token-attention", "figure"), Output("token-title", "children"), Output("token-subtitle", "children"), Output("token-strips-drawing", "data"),
     Output("token-tables", "children"),
-    Input("position", "data"), Input("chosen-head", "data"), Input("token-scope", "value"), Input("pattern-first", "value"), Input("theme", "data"), Input("maps-ready", "data"),
+    Input("position", "data"), Input("pattern-shown", "data"), Input("token-scope", "value"), Input("pattern-first", "value"), Input("theme", "data"), Input("maps-ready", "data"),
     State("page-state", "data"),
 )  # fmt: skip
-def show_token(position: int | None, chosen: dict[str, int], scope: str, first: list[str], theme: str, _: Any, page: dict[str, Any]):
+def show_token(position: int | None, chosen: dict[str, int] | None, scope: str, first: list[str], theme: str, _: Any, page: dict[str, Any]):
+    if chosen is None:
+        raise PreventUpdate  # the pattern comes first
     trace = services().library.open(page["trace"])
     at = position_in(trace, position)
     label = token_label(trace.token_texts[at], at in trace.special, 16)
@@ -75,7 +78,7 @@ def show_token(position: int | None, chosen: dict[str, int], scope: str, first: 
         want_summary()
         return no_figure(theme, "Made from every head of the trace, which are being read."), title, where, [], ""
     row, column = found
-    labels = token_labels(trace.token_texts, trace.special, 12)
+    labels = short_labels(trace)
     strips = elements(_strips(trace, row, column, at))
     return token_attention(row, column, at, labels, theme), title, f"Position {at:,}, {where}.", strips, _tables(trace, row, column, at)
 

@@ -61,14 +61,14 @@ def head_heatmap(values: NDArray[np.floating], layers: Sequence[int], title: str
                  limit: float | None = None) -> go.Figure:  # fmt: skip
     """One metric of every head. values: (layer, head), NaN where it is undefined; limit: top of the colour scale (None: the largest).
 
-    `layers` are the layers' true numbers. Clicking a cell gives y = row index, x = head.
+    `layers` are the layers' true numbers. Clicking a cell gives y = row index, x = head. The frame around `chosen` is the only shape: the browser moves it.
     """
     finite = values[np.isfinite(values)]
     top = limit if limit is not None else float(finite.max()) if len(finite) else 1.0
     hovers = np.array([[f"head {layer}.{h}<br>{escape(title)} {v:.4f}" for h, v in enumerate(row)] for layer, row in zip(layers, values, strict=True)])
     cells = go.Heatmap(z=compact(values), customdata=hovers, hovertemplate="%{customdata}<extra></extra>", zmin=0, zmax=top or 1.0, xgap=1, ygap=1,
                        colorscale=sequential(theme), colorbar=scale_bar(nticks=4), hoverongaps=False)  # fmt: skip
-    found = figure(theme, cells, plot_bgcolor=colours(theme)["line"])
+    found = figure(theme, cells, plot_bgcolor=colours(theme)["line"], meta={"layers": list(layers)})
     if chosen is not None and chosen[0] in layers:
         row = list(layers).index(chosen[0])
         found.add_shape(type="rect", x0=chosen[1] - 0.5, x1=chosen[1] + 0.5, y0=row - 0.5, y1=row + 0.5, line={"color": colours(theme)["accent"], "width": 2})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -24,9 +25,12 @@ def token_attention(looks_at: NDArray[np.floating], looked_at_by: NDArray[np.flo
     for row, (values, first, words) in enumerate(((looks_at, 0, "looks at"), (looked_at_by, position, "is looked at by")), start=1):
         at, heights = _largest(np.asarray(values, np.float32), first, n)
         hovers = [f"{words} {escape(labels[i])} (position {i})<br>{height:.5f}" for i, height in zip(at, heights, strict=True)]
+        look: dict[str, Any] = {"x": at, "y": compact(heights), "customdata": hovers, "hovertemplate": "%{customdata}<extra></extra>", "name": words}
         colour = LINES["dark" if theme == "dark" else "light"][row - 1]
-        found.add_bar(x=at, y=compact(heights), customdata=hovers, hovertemplate="%{customdata}<extra></extra>", marker={"color": colour},
-                      width=max(0.8, n / MOST_BARS), row=row, col=1, name=words)  # fmt: skip
+        if n > MOST_BARS // 4:  # one outline instead of hundreds of bars, which take longer to draw than a pattern
+            found.add_scatter(**look, mode="lines", line={"color": colour, "width": 1, "shape": "hvh"}, fill="tozeroy", row=row, col=1)
+        else:
+            found.add_bar(**look, marker={"color": colour}, width=0.8, row=row, col=1)
         top = float(np.nanmax(heights, initial=0.0))
         found.update_yaxes(title=words, range=[0, max(1.06 * top, 0.02)], tickformat="~g", nticks=4, row=row, col=1)
     found.update_layout(template=template(theme), bargap=0, margin={"b": 8})
