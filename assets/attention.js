@@ -60,9 +60,18 @@
             const layers = graph && graph.layout && graph.layout.meta && graph.layout.meta.layers;
             const row = layers && chosen ? layers.indexOf(chosen.layer) : -1;
             if (row >= 0 && graph.layout.shapes && graph.layout.shapes.length) {
-                window.Plotly.relayout(graph, { "shapes[0].x0": chosen.head - 0.5, "shapes[0].x1": chosen.head + 0.5, "shapes[0].y0": row - 0.5, "shapes[0].y1": row + 0.5 });
+                const place = { "shapes[0].x0": chosen.head - 0.5, "shapes[0].x1": chosen.head + 0.5, "shapes[0].y0": row - 0.5, "shapes[0].y1": row + 0.5 };
+                requestIdleCallback(() => { if (graph.isConnected && graph.layout) window.Plotly.relayout(graph, place); }, { timeout: 400 });  // the pattern comes first
             }
             return window.dash_clientside.no_update;
+        },
+        /** Whether the pinned head has to be drawn: a new request, or nothing. */
+        askPinned(chosen, of, view, first, scale, window_, pinned) {
+            const no = window.dash_clientside.no_update, pane = document.getElementById("pinned-pane");
+            if (!pane || (!pinned && pane.hidden)) return no;
+            const by = (window.dash_clientside.callback_context.triggered || []).map((t) => t.prop_id);
+            const shown = document.getElementById("pinned-title").textContent === `Pinned: ${pinned && pinned.name}`;
+            return shown && view === "pattern" && by.length === 1 && by[0] === "chosen-head.data" ? no : Date.now();
         },
         /** Pin the chosen head, or unpin. */
         pinHead(pin, unpin, chosen) {

@@ -10,6 +10,7 @@ from backend.errors import LayerscopeError
 from backend.reports.head_scores import TITLES, HeadScores
 from backend.trace import Trace
 from components.card import card
+from components.drawn import drawing, draws, elements
 from components.jobs_tray import job_or_none, job_panel
 from components.services import services
 from components.states import error
@@ -29,7 +30,7 @@ ABOUT = (
 def detector_card(trace: Trace) -> html.Section:
     stores = [dcc.Store(id="detector-job"), dcc.Store(id="detector-ready", data={"model": trace.info.name})]
     run = html.Button("Run", id="detector-run", className="btn btn-outline-secondary")
-    body = [*stores, html.Div(id="detector-progress", className="home-progress"), html.Div(id="detector-lists", className="detector-lists")]
+    body = [*stores, html.Div(id="detector-progress", className="home-progress"), html.Div(id="detector-lists", className="detector-lists"), drawing("detector-lists")]
     return card("This model's heads", body, html.Span("", id="detector-subtitle"), [run], list(ABOUT), className="wide")
 
 
@@ -58,19 +59,22 @@ def follow(job_id: str | None, _: Any, ready: dict[str, Any]):
     return error(job.error or f"The job was {job.state.replace('_', ' ')}."), no_update, False
 
 
-@callback(Output("detector-lists", "children"), Output("detector-subtitle", "children"), Output("detector-run", "children"), Input("detector-ready", "data"))
+@callback(Output("detector-lists-drawing", "data"), Output("detector-subtitle", "children"), Output("detector-run", "children"), Input("detector-ready", "data"))
 def show_lists(ready: dict[str, Any]):
     try:
         identity = source(ready["model"]).identity
     except LayerscopeError as problem:
-        return "", f"The detector runs the model itself: {problem}", "Run"
+        return [], f"The detector runs the model itself: {problem}", "Run"
     found = HeadScores.load(services().derived, identity) if identity else None
     if found is None:
-        return "", f"Which heads of {ready['model']} do induction, look at the previous token or at copies: found on repeated random tokens in a few seconds.", "Run"
+        return [], f"Which heads of {ready['model']} do induction, look at the previous token or at copies: found on repeated random tokens in a few seconds.", "Run"
     asked = found.prompts
     what = f"{asked['prompts']} prompts of {asked['length']} random tokens said {asked['repeats']} times"
     said = f"{what}; the model repeats {found.accuracy:.0%} of them. A row opens its head in this trace."
-    return [_ranked(found, name) for name in TITLES], said, "Run again"
+    return elements([_ranked(found, name) for name in TITLES]), said, "Run again"
+
+
+draws("detector-lists")
 
 
 def _ranked(found: HeadScores, name: str) -> html.Table:

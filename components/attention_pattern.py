@@ -69,7 +69,7 @@ def pattern_card(of: str, view: str, hide_first: bool, scale: str, window: list[
     beside = html.Div([pinned_head, _graph("pinned")], id="pinned-pane", className="pattern-pane", hidden=True)
     panes = html.Div([current, beside], className="pattern-panes")
     stores = [dcc.Store(id="pattern-window", data=window), dcc.Store(id="pinned-head", data=pinned)]
-    stores += [dcc.Store(id=name) for name in ("maps-wanted", "maps-job", "maps-ready", "pattern-tip", "pattern-shown")]
+    stores += [dcc.Store(id=name) for name in ("maps-wanted", "maps-job", "maps-ready", "pattern-tip", "pattern-shown", "pinned-request")]
     return card(html.Span("", id="pattern-title"), [*stores, controls, panes], html.Span("", id="pattern-subtitle"), tools, list(ABOUT), className="fill pattern-card")
 
 
@@ -115,17 +115,19 @@ def show_pattern(chosen: dict[str, int], of: str, view: str, first: list[str], s
     return figure, title, said, "", chosen
 
 
+# The server is asked for the pinned head only where there is one, and not again for probabilities beside another head.
+clientside_callback(ClientsideFunction("layerscope", "askPinned"), Output("pinned-request", "data"), *_STATE[:-1])
+
+
 @callback(
     Output("pinned", "figure"), Output("pinned-title", "children"), Output("pinned-pane", "hidden"), Output("attention-cards", "className"),
-    *_STATE, State("pinned-title", "children"),
+    Input("pinned-request", "data"), *(State(each.component_id, each.component_property) for each in _STATE),
+    prevent_initial_call=True,
 )  # fmt: skip
-def show_pinned(chosen: dict[str, int], of: str, view: str, first: list[str], scale: str, window: list[int] | None, pinned: dict[str, int] | None, position: int | None,
-                theme: str, _: Any, page: dict[str, Any], drawn: str):  # fmt: skip
+def show_pinned(asked: float | None, chosen: dict[str, int], of: str, view: str, first: list[str], scale: str, window: list[int] | None, pinned: dict[str, int] | None,
+                position: int | None, theme: str, _: Any, page: dict[str, Any]):  # fmt: skip
     if not pinned:
-        return (no_update, "", True, "cards attention-cards") if drawn else (no_update, no_update, no_update, no_update)
-    title = f"Pinned: {pinned['layer']}.{pinned['head']}"
-    if title == drawn and _alone("chosen-head") and view == "pattern":
-        return no_update, no_update, no_update, no_update
+        return no_update, "", True, "cards attention-cards"
     trace = services().library.open(page["trace"])
     shown = shown_map("head", pinned["layer"], pinned["head"], view if of == "head" else "pattern", bool(first))
     current = shown_map(of, chosen["layer"], chosen["head"], view, bool(first))
@@ -133,7 +135,7 @@ def show_pinned(chosen: dict[str, int], of: str, view: str, first: list[str], sc
         figure, _ = _picture(trace, shown, [shown, current] if of == "head" else [shown], scale, window, position, theme)
     except LayerscopeError as problem:
         figure = no_figure(theme, str(problem))
-    return figure, title, False, "cards attention-cards pinned"
+    return figure, f"Pinned: {pinned['layer']}.{pinned['head']}", False, "cards attention-cards pinned"
 
 
 def _alone(store: str) -> bool:

@@ -48,7 +48,7 @@ def token_card(scope: str) -> html.Section:
     body = html.Div(
         [
             html.Div(graph("token-attention", height=320), className="token-pictures"),
-            html.Div(id="token-tables", className="token-tables"),
+            html.Div([html.Div(id="token-tables", className="token-tables"), drawing("token-tables")]),
         ],
         className="token-body",
     )
@@ -59,7 +59,7 @@ def token_card(scope: str) -> html.Section:
 
 @callback(
     Output("token-attention", "figure"), Output("token-title", "children"), Output("token-subtitle", "children"), Output("token-strips-drawing", "data"),
-    Output("token-tables", "children"),
+    Output("token-tables-drawing", "data"),
     Input("position", "data"), Input("pattern-shown", "data"), Input("token-scope", "value"), Input("pattern-first", "value"), Input("theme", "data"), Input("maps-ready", "data"),
     State("page-state", "data"),
 )  # fmt: skip
@@ -73,17 +73,18 @@ def show_token(position: int | None, chosen: dict[str, int] | None, scope: str, 
     try:
         found = _values(trace, scope, chosen, at, bool(first))
     except LayerscopeError as problem:
-        return no_figure(theme, str(problem)), title, where, [], ""
+        return no_figure(theme, str(problem)), title, where, [], []
     if found is None:
         want_summary()
-        return no_figure(theme, "Made from every head of the trace, which are being read."), title, where, [], ""
+        return no_figure(theme, "Made from every head of the trace, which are being read."), title, where, [], []
     row, column = found
     labels = short_labels(trace)
     strips = elements(_strips(trace, row, column, at))
-    return token_attention(row, column, at, labels, theme), title, f"Position {at:,}, {where}.", strips, _tables(trace, row, column, at)
+    return token_attention(row, column, at, labels, theme), title, f"Position {at:,}, {where}.", strips, elements(_tables(trace, row, column, at))
 
 
 draws("token-strips")
+draws("token-tables")
 
 
 def _where(scope: str, chosen: dict[str, int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,10 @@ from components.figures.theme import colours, compact, diverging, escape, figure
 LARGEST = 256  # cells a side: more would be finer than the pixels of a card
 
 Edges = NDArray[np.int64]
+
+# Measuring labels to make room for them takes longer than drawing the cells: a row of them is laid out up to three times.
+_QUICK_AXIS = {"automargin": False, "ticklabeloverflow": "allow", "showgrid": False, "zeroline": False}
+_LETTER = 7  # pixels of a letter of a tick label
 
 
 def attention_pattern(
@@ -49,11 +54,12 @@ def attention_pattern(
     )  # fmt: skip
     meta = {"sqrt": root, "unit": unit, "rows": _names(labels, rows), "columns": _names(labels, columns)}
     found = figure(theme, top, shapes=_outline(rows, columns, theme) + _frame(rows, position, columns, theme), meta=meta)
+    x_ticks, y_ticks = _ticks(labels, columns), _ticks(labels, rows)
+    found.update_layout(margin={"l": 14 + _LETTER * _longest(y_ticks), "t": 22 + int(0.72 * _LETTER * _longest(x_ticks))})
     whole = rows[0] == columns[0] == 0 and rows[-1] == columns[-1] == len(labels)
     square = {"scaleanchor": "x", "constrain": "domain", "constraintoward": "top"} if whole else {}
-    found.update_xaxes(side="top", tickangle=-45, showgrid=False, zeroline=False, range=[columns[0] - 0.5, columns[-1] - 0.5], **_ticks(labels, columns),
-                       **({"constrain": "domain"} if whole else {}))  # fmt: skip
-    found.update_yaxes(autorange=False, range=[rows[-1] - 0.5, rows[0] - 0.5], showgrid=False, zeroline=False, **square, **_ticks(labels, rows))
+    found.update_xaxes(side="top", tickangle=-45, range=[columns[0] - 0.5, columns[-1] - 0.5], **_QUICK_AXIS, **x_ticks, **({"constrain": "domain"} if whole else {}))
+    found.update_yaxes(autorange=False, range=[rows[-1] - 0.5, rows[0] - 0.5], **_QUICK_AXIS, **y_ticks, **square)
     return with_scale(found, f"{unit}, square root scale" if root else unit, theme)
 
 
@@ -73,8 +79,8 @@ def head_heatmap(values: NDArray[np.floating], layers: Sequence[int], title: str
         row = list(layers).index(chosen[0])
         found.add_shape(type="rect", x0=chosen[1] - 0.5, x1=chosen[1] + 0.5, y0=row - 0.5, y1=row + 0.5, line={"color": colours(theme)["accent"], "width": 2})
     step = max(1, len(layers) // 24)
-    found.update_xaxes(title="head", side="top", showgrid=False, zeroline=False, dtick=max(1, values.shape[1] // 24))
-    found.update_yaxes(autorange="reversed", showgrid=False, zeroline=False, tickmode="array", tickvals=list(range(0, len(layers), step)),
+    found.update_xaxes(title="head", side="top", showgrid=False, zeroline=False, dtick=max(1, values.shape[1] // 24), ticklabeloverflow="allow")
+    found.update_yaxes(autorange="reversed", showgrid=False, zeroline=False, ticklabeloverflow="allow", tickmode="array", tickvals=list(range(0, len(layers), step)),
                        ticktext=[f"L{layer}" for layer in list(layers)[::step]])  # fmt: skip
     return with_scale(found, title, theme)
 
@@ -87,8 +93,12 @@ def _centres(edges: Edges) -> NDArray[np.float32]:
 def _ticks(labels: Sequence[str], edges: Edges) -> dict[str, Any]:
     """Token labels at the positions between the edges, evenly thinned."""
     first = int(edges[0])
-    ticks = token_ticks(labels[first : int(edges[-1])])
+    ticks = token_ticks(labels[first : int(edges[-1])], 40 if edges[-1] - edges[0] <= LARGEST else 24)
     return {**ticks, "tickvals": [first + at for at in ticks["tickvals"]]}
+
+
+def _longest(ticks: dict[str, Any]) -> int:
+    return max((len(html.unescape(text)) for text in ticks["ticktext"]), default=0)
 
 
 def _names(labels: Sequence[str], edges: Edges) -> list[str]:

@@ -33,8 +33,9 @@ def token_attention(looks_at: NDArray[np.floating], looked_at_by: NDArray[np.flo
             found.add_bar(**look, marker={"color": colour}, width=0.8, row=row, col=1)
         top = float(np.nanmax(heights, initial=0.0))
         found.update_yaxes(title=words, range=[0, max(1.06 * top, 0.02)], tickformat="~g", nticks=4, row=row, col=1)
-    found.update_layout(template=template(theme), bargap=0, margin={"b": 8})
-    found.update_xaxes(range=[-0.6, n - 0.4], showgrid=False, zeroline=False, **token_ticks(labels, 48), tickangle=-45)
+    found.update_layout(template=template(theme), bargap=0, margin={"b": 72, "l": 62})
+    ticks = token_ticks(labels, 48 if n <= MOST_BARS // 2 else 24)
+    found.update_xaxes(range=[-0.6, n - 0.4], showgrid=False, zeroline=False, **ticks, tickangle=-45, automargin=False, ticklabeloverflow="allow")
     found.update_xaxes(showticklabels=False, row=1, col=1)
     for row in (1, 2):
         found.add_vline(x=position, line={"color": colours(theme)["ink-3"], "width": 1, "dash": "dot"}, row=row, col=1)  # type: ignore[arg-type]
