@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from backend.analysis import attention_views as views
 from backend.analysis.attention import duplicate_token_score, induction_score, previous_token_score
+from backend.engines import OpenOptions, open_engine
+from backend.experiments.capture import CaptureSpec, capture
+from backend.trace import Trace
+from backend.weights import open_weights
+from tests.tiny_models import TinyModel
 
 RNG = np.random.default_rng(7)
 
@@ -111,3 +118,19 @@ def test_with_two_blocks_the_scores_are_the_diagonals_of_transformer_lens():
     tensor = torch.from_numpy(pattern)
     np.testing.assert_allclose(found["induction"], tensor.diagonal(offset=1 - 7, dim1=-2, dim2=-1)[:, 2:].mean(-1), rtol=1e-5)
     np.testing.assert_allclose(found["duplicate"], tensor.diagonal(offset=-7, dim1=-2, dim2=-1)[:, 1:].mean(-1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["hf", "gguf"])
+def test_value_norms_of_a_model_are_the_lengths_of_its_heads_outputs(engine: str, tiny_mistral: TinyModel, tmp_path: Path):
+    """The first token can only look at itself, so what a head writes there is its value through W_O; and no row writes more than its norms allow."""
+    path = tiny_mistral.hf if engine == "hf" else tiny_mistral.gguf
+    opened = open_engine(path, OpenOptions(device="cpu", n_gpu_layers=0, kv_cache="f32"))
+    file = capture(opened, CaptureSpec("Mary gave the book to John", sites=("v", "z", "attn_pattern"), precision="float32", lens=False), tmp_path)
+    opened.close()
+    with Trace(file) as trace:
+        w_o = open_weights(path).lazy("blocks.1.attn.W_O")
+        norms = views.value_norms(trace["v", 1], views.output_gram((w_o[first : first + 7] for first in range(0, w_o.shape[0], 7)), trace.info.n_heads))
+        lengths = np.linalg.norm(trace["result", 1], axis=-1).T  # (head, pos)
+        np.testing.assert_allclose(norms[:, 0], lengths[:, 0], rtol=1e-4)
+        most = np.stack([views.value_weighted(trace.head("attn_pattern", 1, head), norms[head]).sum(-1) for head in range(trace.info.n_heads)])
+        assert (lengths <= most * (1 + 1e-3)).all()

@@ -10,6 +10,7 @@ from backend.analysis.attention import reduce_max
 from components.figures import theme
 from components.figures.activations import norms_heatmap, statistics_lines, token_dimension_map
 from components.figures.attention import attention_pattern, head_heatmap
+from components.figures.attention_token import token_attention
 from components.figures.lens import depth_curves, lens_table, target_curves
 
 HOSTILE = '<a href="javascript:alert(1)">x</a><br>%{z}'
@@ -225,3 +226,18 @@ def test_the_figures_colours_are_those_of_the_style_sheet():
 def test_arrays_travel_as_numbers_and_not_as_text():
     sent = attention_pattern(causal(40).astype(np.float16), ["t"] * 40).to_dict()["data"][0]["z"]
     assert sent["dtype"] == "f4"
+
+
+def test_a_token_s_bars_are_its_row_and_its_column_and_a_long_prompt_keeps_its_strongest_link():
+    labels = [f"t{i}" for i in range(6)]
+    figure = token_attention(np.array([0.1, 0.7, 0.2]), np.array([0.2, 0.3, 0.4, 0.1]), 2, labels)
+    assert [list(bars.x) for bars in figure.data] == [[0, 1, 2], [2, 3, 4, 5]]
+    np.testing.assert_allclose(figure.data[1].y, [0.2, 0.3, 0.4, 0.1], rtol=1e-6)
+    assert "is looked at by t4 (position 4)" in figure.data[1].customdata[2]
+    n = 5000
+    column = np.full(n, 1e-5, np.float32)
+    column[4321] = 0.9
+    long = token_attention(np.ones(1), column, 0, [HOSTILE] * n)
+    line = long.data[1]
+    assert len(line.x) <= 512 and line.x[int(np.argmax(line.y))] == 4321
+    assert "<a " not in long.to_json().replace("\\u003c", "<")
