@@ -35,8 +35,8 @@ ABOUT = [html.P([html.B(title), f": {text}."]) for title, _, text in METRIC_TEXT
 def metric_card(metric: str, n_rows: int) -> html.Section:
     options: Any = [{"label": title, "value": name} for name, (title, _, _) in METRIC_TEXTS.items()]
     choose = dcc.Dropdown(options, metric, id="head-metric", clearable=False, searchable=False, className="picker-view")
-    return card(html.Span("", id="metric-title"), graph("metric-heads", height=max(190, 88 + 26 * min(n_rows, 32)), className="fill"),
-                "Click a cell to open the head.", [choose, *graph_tools("metric-heads", "head-metric")], list(ABOUT), className="fill")  # fmt: skip
+    return card(html.Span("", id="metric-title"), graph("metric-heads", height=max(190, 88 + max(26 * min(n_rows, 12), min(10 * n_rows, 400))), className="fill"),
+                "Click a cell to open the head.", [choose, *graph_tools("metric-heads", "head-metric")], list(ABOUT), className="fill metric-card")  # fmt: skip
 
 
 def table_card(threshold: int) -> html.Section:

@@ -26,6 +26,7 @@ from components.url_state import as_choice, as_int, keep_url
 
 dash.register_page(__name__, path="/attention", name="Attention", order=3, icon="grid-3x3", description="Where each head looks")
 
+DEEP = 12  # layers
 REQUIRES = ("attn_pattern", "attn_thumbs")
 
 
@@ -46,7 +47,7 @@ def layout(trace: str | None = None, layer: str | None = None, head: str | None 
 def _cards(trace: Trace, layer: int, head: int, metric: str, state: dict[str, str]) -> list[Any]:
     """The page's cards in the state that its link names."""
     n_rows = len(trace.result_attrs("attn_thumbs")["layers"])
-    left = html.Div([card("All heads", head_grid(trace, layer, head), _groups(trace)), metric_card(metric, n_rows)], className="card-stack")
+    grid, scores = card("All heads", head_grid(trace, layer, head), _groups(trace)), metric_card(metric, n_rows)
     pattern = pattern_card(
         as_choice(state.get("of"), list(OF_TITLES), "head"),
         as_choice(state.get("view"), list(VIEW_TITLES), "pattern"),
@@ -56,7 +57,10 @@ def _cards(trace: Trace, layer: int, head: int, metric: str, state: dict[str, st
         pin_of(state.get("pin"), trace),
     )
     others = [token_card(as_choice(state.get("scope"), list(SCOPES), "head")), table_card(as_int(state.get("below"), 1, 0, 3)), detector_card(trace)]
-    return [html.Div([left, pattern, *others], id="attention-cards", className="cards attention-cards")]
+    # The grid of a deep model is as high as pattern and scores together; that of a shallow one leaves room for the scores under it.
+    columns = ([grid], [pattern, scores]) if n_rows > DEEP else ([grid, scores], [pattern])
+    stacks = [html.Div(stack, className="card-stack") for stack in columns]
+    return [html.Div([*stacks, *others], id="attention-cards", className="cards attention-cards")]
 
 
 def _groups(trace: Trace) -> str:

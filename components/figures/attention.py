@@ -78,8 +78,8 @@ def head_heatmap(values: NDArray[np.floating], layers: Sequence[int], title: str
     if chosen is not None and chosen[0] in layers:
         row = list(layers).index(chosen[0])
         found.add_shape(type="rect", x0=chosen[1] - 0.5, x1=chosen[1] + 0.5, y0=row - 0.5, y1=row + 0.5, line={"color": colours(theme)["accent"], "width": 2})
-    step = max(1, len(layers) // 24)
-    found.update_xaxes(title="head", side="top", showgrid=False, zeroline=False, dtick=max(1, values.shape[1] // 24), ticklabeloverflow="allow")
+    step = max(1, len(layers) // 16)
+    found.update_xaxes(title="head", side="top", showgrid=False, zeroline=False, dtick=max(1, values.shape[1] // 16), tickangle=0, ticklabeloverflow="allow")
     found.update_yaxes(autorange="reversed", showgrid=False, zeroline=False, ticklabeloverflow="allow", tickmode="array", tickvals=list(range(0, len(layers), step)),
                        ticktext=[f"L{layer}" for layer in list(layers)[::step]])  # fmt: skip
     return with_scale(found, title, theme)

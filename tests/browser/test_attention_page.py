@@ -183,7 +183,7 @@ def test_a_pinned_head_stays_beside_the_others_in_the_same_colours(site: Site, v
 def test_a_token_s_card_shows_its_row_and_its_column(site: Site, visit):
     page = visit(site.short, layer=1, head=2, pos=5, scope="all")
     both = "() => Array.from(document.querySelector('#token-attention .js-plotly-plot')?._fullData ?? [], t => Array.from(t.y))"
-    page.wait_for_function(f"({both})().length === 2")
+    page.wait_for_function(f"() => ({both})().length === 2")
     mean = np.mean([site.short["attn_pattern", layer].mean(0) for layer in range(site.short.info.n_layers)], axis=0)
     row, column = page.evaluate(both)
     np.testing.assert_allclose(row, mean[5, :6], atol=1e-3)
