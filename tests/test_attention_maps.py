@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -170,3 +171,18 @@ def test_a_reading_that_is_cancelled_stops_and_leaves_nothing_that_looks_finishe
     with pytest.raises(Cancelled):
         summarise(trace, derived, should_stop=lambda: True)
     assert Summary.load(derived, trace) is None
+
+
+def test_the_job_reads_a_trace_once_and_leaves_its_summary(trace: Trace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    from backend.experiments import KINDS, Context
+    from backend.experiments import attention_maps as job
+
+    def no_engine(model: str, options: dict) -> None:
+        raise AssertionError("what is stored is enough")
+
+    context = Context(no_engine, tmp_path, SimpleNamespace(path_of=lambda _: trace.path), Derived(tmp_path / "cache"))  # type: ignore[arg-type]
+    assert KINDS["attention_maps"](context, {"trace_id": trace.id}) == {"layers": [0, 1, 2], "side": N}
+    found = Summary.load(context.derived, trace)
+    assert found is not None and found.map("rollout", 2) is not None
+    monkeypatch.setattr(job, "summarise", lambda *_: pytest.fail("it is there already"))
+    assert KINDS["attention_maps"](context, {"trace_id": trace.id})["side"] == N

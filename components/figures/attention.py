@@ -55,7 +55,7 @@ def attention_pattern(
     meta = {"sqrt": root, "unit": unit, "rows": _names(labels, rows), "columns": _names(labels, columns)}
     found = figure(theme, top, shapes=_outline(rows, columns, theme) + _frame(rows, position, columns, theme), meta=meta)
     x_ticks, y_ticks = _ticks(labels, columns), _ticks(labels, rows)
-    found.update_layout(margin={"l": 14 + _LETTER * _longest(y_ticks), "t": 22 + int(0.72 * _LETTER * _longest(x_ticks))})
+    found.update_layout(margin={"l": 14 + _LETTER * _longest(y_ticks), "t": 22 + int(0.72 * _LETTER * _longest(x_ticks)), "r": 30})
     whole = rows[0] == columns[0] == 0 and rows[-1] == columns[-1] == len(labels)
     square = {"scaleanchor": "x", "constrain": "domain", "constraintoward": "top"} if whole else {}
     found.update_xaxes(side="top", tickangle=-45, range=[columns[0] - 0.5, columns[-1] - 0.5], **_QUICK_AXIS, **x_ticks, **({"constrain": "domain"} if whole else {}))

@@ -31,7 +31,7 @@ def token_attention(looks_at: NDArray[np.floating], looked_at_by: NDArray[np.flo
             found.add_scatter(**look, mode="lines", line={"color": colour, "width": 1, "shape": "hvh"}, fill="tozeroy", row=row, col=1)
         else:
             found.add_bar(**look, marker={"color": colour}, width=0.8, row=row, col=1)
-        top = float(np.nanmax(heights, initial=0.0))
+        top = float(np.max(heights[np.isfinite(heights)], initial=0.0))
         found.update_yaxes(title=words, range=[0, max(1.06 * top, 0.02)], tickformat="~g", nticks=4, row=row, col=1)
     found.update_layout(template=template(theme), bargap=0, margin={"b": 72, "l": 62})
     ticks = token_ticks(labels, 48 if n <= MOST_BARS // 2 else 24)
