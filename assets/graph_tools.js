@@ -9,6 +9,7 @@
         const safe = /^[=+\-@\t\r]/.test(text) && Number.isNaN(Number(text)) ? `'${text}` : text;
         return /[",\n\r]/.test(safe) ? `"${safe.replaceAll('"', '""')}"` : safe;
     };
+    const plain = (text) => text.replaceAll("&lt;", "<").replaceAll("&gt;", ">").replaceAll("&amp;", "&");
     const line = (values) => values.map(cell).join(",");
     const list = (values) => Array.from(values || []);
 
@@ -26,9 +27,10 @@
                 const width = z.length ? z[0].length : 0;
                 const x = trace.x ? list(trace.x) : [...Array(width).keys()];
                 const y = trace.y ? list(trace.y) : [...z.keys()];
-                rows.push(line(["", ...labels(graph.layout.xaxis, x)]));
-                const names = labels(graph.layout.yaxis, y);
-                z.forEach((row, i) => rows.push(line([names[i], ...row])));
+                const meta = graph.layout.meta || {};  // a pattern names its rows and columns there, and says whether its colours are square roots
+                rows.push(line(["", ...(meta.columns ? meta.columns.map(plain) : labels(graph.layout.xaxis, x))]));
+                const names = meta.rows ? meta.rows.map(plain) : labels(graph.layout.yaxis, y);
+                z.forEach((row, i) => rows.push(line([names[i], ...(meta.sqrt ? row.map((value) => value * value) : row)])));
             } else if (trace.x && trace.y) {
                 rows.push(line(["x", trace.name || "y"]));
                 const y = list(trace.y);

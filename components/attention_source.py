@@ -90,7 +90,7 @@ class NotComputed(LayerscopeError):
     """A map that is made from every head, before that was done."""
 
     def __init__(self) -> None:
-        super().__init__("This is made from every head of the trace, which are read once through.")
+        super().__init__("Made from all heads of the trace, which are being read once through.")
 
 
 def colour_limit(trace: Trace, shown: list[Shown]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import socket
@@ -279,3 +280,16 @@ def test_the_detector_runs_on_the_model_and_its_rows_open_the_head(site: Site, v
     wait_title(page, f"Pattern of {name}")
     page.reload()  # the result is kept
     page.wait_for_function("() => document.querySelectorAll('#detector-lists table').length === 3")
+
+
+def test_the_csv_holds_what_is_shown_with_both_tokens_named(site: Site, visit, tmp_path: Path):
+    page = visit(site.short, layer=1, head=2, scale="sqrt")
+    drawn(page)
+    with page.expect_download() as download:
+        page.locator("[data-tool='csv'][data-graph='pattern']").click()
+    download.value.save_as(tmp_path / "pattern.csv")
+    rows = list(csv.reader((tmp_path / "pattern.csv").open(encoding="utf-8")))
+    n = site.short.n_tokens
+    assert len(rows) == n + 1 and all(f"(position {at})" in rows[0][at + 1] and f"(position {at})" in rows[at + 1][0] for at in range(n))
+    values = np.array([[float(cell) if cell else np.nan for cell in row[1:]] for row in rows[1:]])
+    np.testing.assert_allclose(values, lower(site.short.head("attn_pattern", 1, 2)), rtol=1e-5, atol=1e-7)
