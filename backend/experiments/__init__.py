@@ -55,6 +55,8 @@ def _job(module: str, function: str) -> Experiment:
 
 
 KINDS: dict[str, Experiment] = {
+    "attention_maps": _job("attention_maps", "attention_maps_job"),
+    "head_detector": _job("head_detector", "head_detector_job"),
     "capture": _job("capture", "capture_job"),
     "generate": _job("generation", "generate_job"),
     "batch": _job("batch", "batch_job"),
