@@ -24,9 +24,9 @@ def drawn_view(page: dict[str, Any], spec: dict[str, Any] | None, webgl: bool | 
 
 
 @callback(
-    Output("emb-row", "data"), Output("position", "data", allow_duplicate=True),
+    Output("emb-row", "data"), Output("emb-position", "data"),
     Input("emb-clicked", "data"), Input("emb-choose", "data"), Input("emb-found", "data"), Input("position", "data"), Input("emb-ready", "data"), State("emb-row", "data"),
-    State("emb-page", "data"), State("emb-points", "data"), State("emb-webgl", "data"), prevent_initial_call="initial_duplicate",
+    State("emb-page", "data"), State("emb-points", "data"), State("emb-webgl", "data"),
 )  # fmt: skip
 def choose(clicked: dict[str, Any] | None, named: dict[str, Any] | None, found: dict[str, Any] | None, position: int | None, spec: dict[str, Any] | None, row: int | None,
            page: dict[str, Any], drawn_points: dict[str, Any] | None, webgl: bool | None):  # fmt: skip
@@ -49,6 +49,12 @@ def choose(clicked: dict[str, Any] | None, named: dict[str, Any] | None, found: 
     of_trace = chosen is not None and shown.states is not None and page["trace"] and int(shown.states.trace[chosen]) == 0
     at = int(shown.states.position[chosen]) if of_trace and shown.states is not None and chosen is not None else None
     return (no_update if chosen == row else chosen), (no_update if at is None or at == position else at)
+
+
+@callback(Output("position", "data", allow_duplicate=True), Input("emb-position", "data"), prevent_initial_call=True)
+def follow(position: int | None):
+    """The token strip follows. On its own, since the strip is on other pages too, where the rest of `choose` does not exist."""
+    return no_update if position is None else position
 
 
 def _kept(shown: View, row: int | None, position: int | None, triggered: Any) -> int | None:
