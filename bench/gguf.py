@@ -21,6 +21,7 @@ def section() -> Section:
     text = f"""
 {describe(BASE)}, Q8_0, {N_TOKENS} tokens, CPU. *plain llama.cpp* decodes the prompt with the logits of every position, no callback, and the settings
 of a capture (flash attention off, weights not repacked, pieces of 512 tokens); *as it comes* has llama.cpp's own defaults, which show no attention.
+Both of these have libgomp's defaults, a capture on few cores lets waiting threads sleep sooner (`let_waiting_threads_sleep`).
 A capture counts from the call until the trace lies on disk under its final name: sites of all layers ({", ".join(RESIDUAL_AND_ATTENTION)}; or the
 standard ones), logit summaries, integrity checks, read back once. The logit lens, which a capture adds by itself only where it is cheap, has a row
 of its own: unembedding every layer is more arithmetic than running this model.
