@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from backend.engines.threads import default_threads as default_threads
 from backend.errors import LayerscopeError, ranges
 from backend.intervention import Intervention, edits_by_place
 from backend.model_info import ModelInfo
@@ -271,25 +272,6 @@ def check_edits(info: ModelInfo, places: Collection[Where], edits: tuple[Interve
 def _no_such_layer(info: ModelInfo, places: Collection[Where], site: str, layer: int | None) -> LayerscopeError:
     layers = ranges(sorted(at for name, at in places if name == site and at is not None))
     return LayerscopeError(f"{info.name} ({info.architecture}) has no site {site!r} in layer {layer}; it has it in {layers}.")
-
-
-def default_threads() -> int:
-    return max(1, len(os.sched_getaffinity(0)))
-
-
-_FEW_CORES = 4
-_SPINS = "300"
-
-
-def let_waiting_threads_sleep() -> None:
-    """Where cores are few, let the threads of ggml and PyTorch give theirs up soon when they wait for each other (libgomp's GOMP_SPINCOUNT).
-
-    A capture computes beside the engine, which has a thread a core. By default a thread that waits at a barrier for one that was
-    displaced keeps its core busy for milliseconds, so two cores did the work of one. To be called before either library is
-    loaded; what the user has set stays.
-    """
-    if default_threads() <= _FEW_CORES and "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
 
 
 SiteTable = Mapping[str, Any]

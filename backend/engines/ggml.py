@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backend.engines import let_waiting_threads_sleep
+from backend.engines.threads import prepare
 from backend.errors import LayerscopeError
 
 F32, F16, I32 = 0, 1, 26
@@ -223,7 +223,7 @@ _KEPT: list[Any] = []
 @functools.cache
 def open_llama() -> ModuleType:
     """The llama_cpp bindings, initialised once per process, with the log callback kept for as long as the process lives."""
-    let_waiting_threads_sleep()
+    prepare()
     from llama_cpp import llama_cpp
 
     callback = llama_cpp.llama_log_callback(_LOG)

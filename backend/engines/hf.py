@@ -40,7 +40,6 @@ from backend.engines import (
     Step,
     check_edits,
     check_request,
-    let_waiting_threads_sleep,
     never_stop,
     no_sink,
 )
@@ -55,6 +54,7 @@ from backend.engines.hf_tokenizer import HfTokenizer, first_line
 from backend.engines.native import NativeTensor
 from backend.engines.resid_norms import ResidNorms
 from backend.engines.sampling import check_sampling, choose
+from backend.engines.threads import prepare
 from backend.errors import LayerscopeError
 from backend.files.bounded_json import read_json
 from backend.files.hf_config import CONFIG_LIMIT, model_info
@@ -72,7 +72,7 @@ class HfEngine:
     """One loaded model of a Hugging Face folder; see backend.engines.Engine for what each method promises."""
 
     def __init__(self, path: Path, options: OpenOptions = OpenOptions()) -> None:
-        let_waiting_threads_sleep()
+        prepare()
         import torch
         import transformers
 

@@ -9,7 +9,6 @@ for each other.
 from __future__ import annotations
 
 import collections
-import ctypes
 import dataclasses
 import functools
 import threading
@@ -19,8 +18,8 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from backend.engines import Piece
+from backend.engines.threads import share_one_heap
 
-_M_ARENA_MAX = -8  # of glibc's malloc.h
 LAYERS_HELD = 3  # layers whose values are in memory at once, the one that is worked on among them
 BYTES_HELD = 256 << 20  # and the most that they may take, unless one piece takes more
 
@@ -74,7 +73,7 @@ class Aside:
             del piece  # the last reference to its values
 
     def __enter__(self) -> Aside:
-        _share_one_arena()
+        share_one_heap()
         self._blas = _blas().limit(limits=1, user_api="blas")
         self._thread.start()
         return self
@@ -87,18 +86,6 @@ class Aside:
         self._blas.restore_original_limits()
         if kind is None and self._error is not None:
             raise self._error
-
-
-@functools.cache
-def _share_one_arena() -> None:
-    """Let all threads from now on take memory from one heap (glibc's M_ARENA_MAX), where the C library can do that.
-
-    By default each thread has its own. Values are made on one thread and freed on another here, so those heaps would keep about as
-    much memory as passed through them: 60 MB instead of 10 for 32 layers of a small model, and more with every capture.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_ARENA_MAX, 1)
 
 
 @functools.cache
