@@ -7,7 +7,6 @@ a plain NumPy array in the dims of `backend.sites`; nothing above this package i
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
