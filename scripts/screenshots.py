@@ -22,7 +22,7 @@ RUN_PAGES = {
     "graph": "/graph",
     "quantization": "/quantization",
 }
-TRACE_PAGES = {"trace": "/trace", "attention": "/attention", "activations": "/activations", "lens": "/lens", "logits": "/logits"}
+TRACE_PAGES = {"trace": "/trace", "attention": "/attention", "activations": "/activations", "lens": "/lens", "logits": "/logits", "attribution": "/attribution", "neurons": "/neurons", "embeddings": "/embeddings", "moe": "/moe"}
 CHROMIUM = "/usr/bin/chromium"
 
 
