@@ -88,7 +88,8 @@ def _cards(trace: Trace, scale: str, site: str, more: list[Any]) -> list[Any]:
                  list(ABOUT_MAP), className="wide"),
             card("Through depth", graph("act-statistics", height=230), "The chosen layer is dotted.", graph_tools("act-statistics", "statistics"),
                  list(ABOUT_STATISTICS), className="wide"),
-            card("Statistics of each layer", html.Div(id="act-table", className="table-scroll table-tall"), html.Span("", id="act-bad"), className="wide"),
+            card("Statistics of each layer", html.Div(id="act-table", className="table-scroll table-tall"), html.Span("", id="act-bad"), about=list(ABOUT_STATISTICS),
+                 className="wide"),
             *more,
         )
     ]  # fmt: skip

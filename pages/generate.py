@@ -30,6 +30,11 @@ FIELDS = ("model", "prompt", "new", "temperature", "top_k", "top_p", "min_p", "s
 NUMBERS = {"new": 40, "temperature": 0.8, "top_k": 0, "top_p": 1, "min_p": 0, "seed": 0}
 _FORM = [State(f"gen-{name}", "value") for name in FIELDS]
 
+ABOUT_FORM = (
+    "Three cuts see the model's own probabilities: top-k keeps the k most probable tokens (0: all), top-p (Holtzman et al. 2020) the fewest that together hold p, min-p "
+    "(Nguyen et al. 2024) those at least that share as probable as the best. One of the rest is drawn with probability proportional to exp(logit / temperature); the same "
+    "seed draws the same again.",
+)
 ABOUT_TEXT = (
     "The prompt in grey, then what the model wrote. The colour is the surprise of each token, -ln p in nats under the model's own distribution (softmax over the whole "
     "vocabulary, before temperature and cuts); it is full at 8 nats, a probability of 1 in 3,000.",
@@ -60,7 +65,8 @@ def layout(model: str | None = None, prompt: str | None = None, job: str | None 
     live = html.Div(id="live-text", className="live-text", tabIndex=0, role="listbox", **{"aria-label": "Written tokens; the arrow keys choose a step"})
     key = html.Div([html.Span("p = 1"), html.I(), html.Span("p = 1/3,000 and less")], className="live-key")
     text = card("Text", [live, key, html.Div(id="live-facts", className="live-facts")], html.Span("", id="gen-words"), about=list(ABOUT_TEXT), className="fill")
-    top = cards(card("What to write on", _form(model, prompt, numbers), "Sampling draws from the model's distribution; temperature 0 takes the best token."), text)
+    top = cards(card("What to write on", _form(model, prompt, numbers), "Sampling draws from the model's distribution; temperature 0 takes the best token.",
+                     about=list(ABOUT_FORM)), text)
     return html.Div([*stores, title, top, html.Div(id="gen-live", className="gen-part"), html.Div(id="gen-result", className="gen-part")], className="page")
 
 

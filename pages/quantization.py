@@ -63,7 +63,8 @@ def layout(model: str | None = None, reference: str | None = None, prompt: str |
     stores = [dcc.Store(id="quant-job"), dcc.Store(id="quant-key", data=kept_report(model, reference, prompt)), dcc.Store(id="quant-chosen", data=chosen)]
     title = html.Div([html.H1("Quantization"), html.Span("What it did to weights, activations and predictions.", className="page-subtitle")], className="page-title")
     body = html.Div([form, html.Div(id="quant-progress", className="home-progress")])
-    run = card("Compare with a reference", body, "Both models run over the same tokens, one after the other. The reference is the same model unquantized.", className="wide")
+    run = card("Compare with a reference", body, "Both models run over the same tokens, one after the other. The reference is the same model unquantized.",
+               about=list(ABOUT_PREDICTIONS), className="wide")
     return html.Div([title, cards(run), html.Div(id="quant-body", className="card-stack"), *stores], className="page")
 
 
@@ -145,7 +146,8 @@ def _cards(report: QuantizationReport, chosen: dict[str, Any]) -> list[Any]:
             card("KL of each prediction", graph("quant-kl", height=320, className="fill"), html.Span("", id="quant-kl-subtitle"), graph_tools("quant-kl"),
                  list(ABOUT_PREDICTIONS), className="fill"),
             card("What the two predict", html.Div(id="quant-changed", className="table-scroll table-tall"),
-                 "The most probable next token and its probability. Marked and first: where it changed. Last column: the log-probability of the real next token, in nats."),
+                 "The most probable next token and its probability. Marked and first: where it changed. Last column: the log-probability of the real next token, in nats.",
+                 about=list(ABOUT_PREDICTIONS)),
             card("Every tensor", html.Div(id="quant-tensors", className="table-scroll table-tall"), "Worst first, by the metric chosen above.", about=list(ABOUT_WEIGHTS),
                  className="wide"),
         ),
