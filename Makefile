@@ -30,7 +30,7 @@ fuzz: $(VENV)/.installed-dev  ## long fuzzing runs
 screenshots: $(VENV)/.installed-dev chromium  ## every page, both themes, two widths, into test-results/
 	$(PY) scripts/screenshots.py test-results/screenshots
 
-bench: $(VENV)/.installed-dev $(PEERS)/.installed  ## measure and write docs/benchmarks.md; ONLY=gguf one part of gguf hf size growth weights gpu peers
+bench: $(VENV)/.installed-dev $(PEERS)/.installed  ## measure and write docs/benchmarks.md; ONLY=gguf one part of gguf hf size growth weights lens gpu peers
 	$(PY) -m bench $(ONLY)
 
 peers: $(VENV)/.installed-dev $(PEERS)/.installed  ## the same values as TransformerLens 4, or fail

@@ -1,6 +1,6 @@
 /* What a graph shows, as rows: the one source of its CSV and of its table. Blocks {header, rows}; one for each trace, and for a heatmap
    that has words in its cells or hovers one more for each. Figures name the places of their axes in layout.meta, {x: [...], y: [...]},
-   since the axis itself writes only as many as there is room for. */
+   since the axis itself writes only as many as there is room for; a pattern's hovers are made from them too (attention.js). */
 (function () {
     window.layerscope = window.layerscope || {};
     const list = (values) => (values === null || values === undefined ? [] : Array.from(values));
@@ -33,7 +33,8 @@
         const x = named(graph, "x", axisOf(graph, trace, "x"), trace.x ? list(trace.x).slice(0, width) : [...Array(width).keys()]);
         const y = named(graph, "y", axisOf(graph, trace, "y"), trace.y ? list(trace.y).slice(0, z.length) : [...z.keys()]);
         const block = (corner, cell) => ({ header: [corner, ...x], rows: z.map((row, i) => [y[i], ...row.map((value, j) => cell(value, i, j))]) });
-        const found = [block(trace._input.name || "", (value) => value)];
+        const { sqrt, unit } = graph.layout.meta || {};  // a pattern says whether its colours are square roots: the values are what is wanted
+        const found = [block(trace._input.name || unit || "", (value) => (sqrt && typeof value === "number" ? value * value : value))];
         if (isArray(trace.text)) found.push(block("text", (_, i, j) => plain((trace.text[i] || [])[j])));
         if (isArray(trace.customdata)) found.push(block("hover", (_, i, j) => said((trace.customdata[i] || [])[j])));
         return found;

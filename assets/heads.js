@@ -23,6 +23,10 @@
         choose(Number(cell.dataset.layer), Number(cell.dataset.head));
         if (grid() && grid().contains(cell)) grid().focus({ preventScroll: true });
     });
+    document.addEventListener("click", (event) => {
+        const column = event.target.closest("[data-sort]");
+        if (column) window.dash_clientside.set_props("head-metric", { value: column.dataset.sort });
+    });
     document.addEventListener("keydown", (event) => {
         // All four keys once the grid has the focus; left and right from the page itself too, where up and down scroll.
         if (!grid() || (event.target !== grid() && event.target !== document.body)) return;

@@ -14,7 +14,8 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from backend.commands import batch, generate, quantization, weights
+from backend.commands import batch, embeddings, generate, quantization, tuned_lens, weights
+from backend.commands import heads as heads_command
 from backend.commands.attribution import attribute
 from backend.commands.graph import graph
 from backend.errors import LayerscopeError
@@ -253,6 +254,9 @@ generate.register(app, _Bar, _register)
 batch.register(app, _Bar, _settings)
 weights.register(app, _Bar)
 quantization.register(app, _Bar)
+embeddings.register(app, _Bar)
+tuned_lens.register(app, _Bar, lambda: _settings().data_dir)
+heads_command.register(app, _Bar)
 
 
 def main(run: Callable[[], Any] = app) -> None:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from backend.errors import LayerscopeError, SiteNotCaptured
 from backend.model_info import ModelInfo
 from backend.sites import NATIVE, SITES, resolve_site
+from backend.tracefile.half_precision import from_float16
 from backend.tracefile.trace_layout import FORMAT, NATIVE_GROUP, VERSION, read_json, site_path, stored_sites
 from backend.weight_names import GGUF_NAMES, HF_NAMES
 
@@ -149,7 +150,8 @@ class Trace:
         heads, rows = self.kept(name, layer)
         if head not in heads:
             raise LayerscopeError(f"Head {layer}.{head} was not captured; of layer {layer} the trace holds {', '.join(f'{layer}.{h}' for h in heads)}.")
-        values = np.asarray(dataset[head, q, k], dtype=np.float32)
+        stored = dataset[head, q, k]
+        values = from_float16(stored) if stored.dtype == np.float16 else np.asarray(stored, np.float32)
         if rows != (0, self.n_tokens):
             at = np.arange(self.n_tokens)[q]
             values[(at < rows[0]) | (at >= rows[1])] = np.nan

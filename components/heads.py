@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from backend.trace import Trace
+from components.drawn import drawing, draws
 from components.figures.theme import sequential
 
 THUMBS = "attn_thumbs"
@@ -31,9 +32,11 @@ def head_grid(trace: Trace, layer: int, head: int) -> html.Div:
         cells = [_cell(at, h, chosen=(at, h) == (layer, head), row=row, n_rows=len(layers), n_heads=n_heads) if h in kept else _absent(at, h) for h in range(n_heads)]
         rows.append(html.Div([html.Span(f"L{at}", className="head-layer"), *cells], className="head-row", role="row"))
     style = {f"--thumbs-{theme}": f"url(/thumbs/{trace.id}/{theme}.png)" for theme in ("light", "dark")} | {"--heads": n_heads, "--rows": len(layers)}
-    return html.Div(
-        rows, id="head-grid", className="head-grid", style=style, role="grid", tabIndex=0, **{"aria-label": "Attention heads; the arrow keys step"}
-    )
+    grid = html.Div(id="head-grid", className="head-grid", style=style, role="grid", tabIndex=0, **{"aria-label": "Attention heads; the arrow keys step"})
+    return html.Div([grid, drawing("head-grid", rows)])
+
+
+draws("head-grid")
 
 
 def _cell(layer: int, head: int, chosen: bool, row: int, n_rows: int, n_heads: int) -> html.Div:

@@ -11,7 +11,7 @@ import numpy as np
 from dash import html
 
 from backend.trace import Trace
-from components.token_label import token_label
+from components.token_label import predicted_label, token_label
 from components.token_strip import surprises
 
 BLOCK = 100  # positions
@@ -34,7 +34,7 @@ def position_table(trace: Trace, position: int) -> html.Table:
     head = html.Thead(html.Tr([html.Th(name, className=look) for name, look in _COLUMNS]))
     rows = []
     for at in range(start, stop):
-        guesses = [_guess(trace.token_text(i), float(p)) for i, p in zip(ids[at], probs[at], strict=True)]
+        guesses = [_guess(predicted_label(i, trace.token_text(i), trace.info, 16), float(p)) for i, p in zip(ids[at], probs[at], strict=True)]
         numbers = (float(log_probs[at]), int(ranks[at - 1]) if at else -1, float(entropy[at]))
         rows.append(_row(trace, at, at == position, numbers, guesses))
     return html.Table([head, html.Tbody(rows)], className="ls-table positions")
@@ -57,5 +57,5 @@ def _row(trace: Trace, at: int, chosen: bool, numbers: tuple[float, int, float],
     return html.Tr([*cells, html.Td(guesses, className="guesses")], tabIndex=0, className="chosen" if chosen else "", **data)
 
 
-def _guess(text: str, prob: float) -> html.Span:
-    return html.Span([html.Span(token_label(text, max_length=16), className="chip-token"), html.Span(f" {prob:.2f}", className="muted small")], className="guess")
+def _guess(label: str, prob: float) -> html.Span:
+    return html.Span([html.Span(label, className="chip-token"), html.Span(f" {prob:.2f}", className="muted small")], className="guess")

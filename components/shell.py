@@ -82,6 +82,8 @@ def _link(page: dict[str, Any], path: str, trace: Trace | None, counts: dict[str
     if _group(page) == "This trace":
         note, why = _why_dimmed(page, trace)
         href = f"{href}?trace={trace.id}" if trace else href
+    elif page.get("takes_trace"):
+        href = f"{href}?trace={trace.id}" if trace else href
     elif page["path"] == "/library" and counts.get("traces"):
         note = f"{counts['traces']:,}"
     elif page["path"] == "/jobs" and counts.get("active"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import unicodedata
 
+from backend.model_info import ModelInfo
+
 _VISIBLE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 
@@ -24,6 +26,11 @@ def token_label(text: str, special: bool = False, max_length: int | None = None)
     if max_length is not None and len(label) > max_length:
         label = f"{label[: max_length - 1]}…"
     return label
+
+
+def predicted_label(token_id: int, text: str, info: ModelInfo, max_length: int | None = None) -> str:
+    """The display form of a token that a model predicts: its start and end of text are special wherever they stand."""
+    return token_label(text, int(token_id) in (info.bos_id, info.eos_id), max_length)
 
 
 def token_labels(texts: list[str], special: set[int] = frozenset(), max_length: int | None = None) -> list[str]:  # type: ignore[assignment]

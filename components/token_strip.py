@@ -13,6 +13,7 @@ import numpy as np
 from dash import html
 
 from backend.trace import Trace
+from components.drawn import drawing, draws
 from components.token_label import token_label
 
 METRICS = {"surprise": "surprise, nats", "entropy": "entropy, nats", "none": "no colour"}
@@ -29,14 +30,16 @@ def token_strip(trace: Trace, position: int) -> html.Div:
         [html.Option(words, value=name) for name, words in METRICS.items()], id="strip-metric", className="strip-metric", title="Metric that colours the tokens"
     )
     strip = html.Div(
-        tokens,
         id="token-strip",
         className="strip-tokens",
         role="listbox",
         tabIndex=0,
         **{"data-metric": "surprise", "aria-label": "Tokens; the arrow keys choose a position"},
     )
-    return html.Div([menu, strip], className="strip")
+    return html.Div([menu, strip, drawing("token-strip", tokens)], className="strip")
+
+
+draws("token-strip")
 
 
 def surprises(trace: Trace) -> np.ndarray:

@@ -15,7 +15,7 @@ from components.card import card
 from components.controls import facts
 from components.position_table import block_of, block_words, position_table
 from components.services import services
-from components.token_label import token_label
+from components.token_label import predicted_label, token_label
 from components.trace_view import integrity_table, trace_page
 from components.url_state import as_int
 
@@ -88,7 +88,7 @@ def show_top(position: int | None, page: Mapping[str, Any]) -> tuple[Any, str, s
 
 def _top_row(trace: Trace, rank: int, token_id: int, prob: float, follows: bool) -> html.Tr:
     bar = html.Span(className="bar", style={"width": f"{100 * prob:.1f}%"})
-    token = html.Td(html.Span(token_label(trace.token_text(token_id), max_length=24), className="chip-token"), className="nowrap")
+    token = html.Td(html.Span(predicted_label(token_id, trace.token_text(token_id), trace.info, 24), className="chip-token"), className="nowrap")
     cells = [html.Td(rank + 1, className="num muted"), token, html.Td(token_id, className="num muted"), html.Td(bar, className="bar-cell"), html.Td(f"{prob:.4f}", className="num")]
     return html.Tr(cells, className="chosen" if follows else "")
 

@@ -22,7 +22,7 @@ RUN_PAGES = {
     "graph": "/graph",
     "quantization": "/quantization",
 }
-TRACE_PAGES = {"trace": "/trace", "attention": "/attention", "activations": "/activations", "lens": "/lens"}
+TRACE_PAGES = {"trace": "/trace", "attention": "/attention", "activations": "/activations", "lens": "/lens", "logits": "/logits"}
 CHROMIUM = "/usr/bin/chromium"
 
 

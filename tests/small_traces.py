@@ -37,3 +37,32 @@ def write_trace(folder: Path, prompt: str = "Hello there", category: str = "", t
             integrity={"chain": {"ok": True, "max_error": 0.0, "tolerance": 1e-5, "checked": 2, "note": ""}},
             timings={"total_s": 2.0},
         )
+
+
+def causal_maps(rng: np.random.Generator, layers: int, heads: int, n: int) -> np.ndarray:
+    """Random attention patterns, (layer, head, q_pos, k_pos) float32."""
+    scores = np.where(np.tril(np.ones((n, n), bool)), 2 * rng.normal(size=(layers, heads, n, n)), -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return (weights / weights.sum(-1, keepdims=True)).astype(np.float32)
+
+
+def write_maps(folder: Path, maps: np.ndarray, site: str = "attn_pattern", kept: dict[int, tuple[int, ...]] | None = None, rows: tuple[int, int] | None = None,
+               precision: str = "float32", **arrays: np.ndarray) -> Path:  # fmt: skip
+    """Publish a trace with attention maps (layer, head, q, k); its path. kept: of each layer, the heads that are stored; rows: of all maps.
+
+    arrays: other sites, (layer, ...).
+    """
+    n_layers, n_heads, n, _ = maps.shape
+    model = ModelInfo.from_json({**INFO.to_json(), "n_layers": n_layers, "n_heads": n_heads, "n_kv_heads": max(1, n_heads // 2), "n_ctx": n})
+    first, last = rows or (0, n)
+    with TraceWriter(folder, model, n, precision, rows=rows) as writer:
+        for layer in range(n_layers):
+            for name, values in arrays.items():
+                writer.write(Piece(name, layer, 0, values[layer], "test"))
+            heads = kept.get(layer, ()) if kept is not None else None
+            if heads != ():
+                values = maps[layer][list(heads) if heads else slice(None), first:last, :last]
+                writer.write(Piece(site, layer, first, np.ascontiguousarray(values), "test", heads=heads))
+        writer.tokens(list(range(n)), [f" t{i}" for i in range(n)], n, [0])
+        writer.vocabulary({i: f" t{i}" for i in range(n)})
+        return writer.publish(engine_version="test", prompt="maps", response="", integrity={}, timings={})

@@ -101,3 +101,39 @@ def test_the_target_of_a_lens_is_followed_at_every_position():
     logprobs, ranks = lens.target_row(VALUES, 11)
     np.testing.assert_allclose(logprobs, logits.log_softmax(VALUES)[:, 11], atol=1e-6)
     np.testing.assert_array_equal(ranks, (VALUES > VALUES[:, [11]]).sum(-1))
+
+
+def test_what_a_trace_keeps_of_a_row_is_what_the_single_functions_say():
+    wide = RNG.normal(size=(9, 5_000)).astype(np.float32) * 4
+    following = RNG.integers(0, 5_000, 9)
+    kept = logits.summary(wide, following, 12)
+    ids, logprobs = logits.top_k(wide, 12)
+    np.testing.assert_array_equal(kept["top_ids"], ids)
+    np.testing.assert_allclose(kept["top_logprobs"], logprobs, atol=3e-6)
+    np.testing.assert_allclose(kept["logsumexp"], logits.logsumexp(wide), rtol=1e-6)
+    np.testing.assert_allclose(kept["entropy"], logits.entropy(wide), atol=3e-6)
+    np.testing.assert_allclose(kept["next_logprobs"], special.log_softmax(wide.astype(np.float64), -1)[np.arange(9), following], atol=3e-6)
+    np.testing.assert_array_equal(kept["next_ranks"], logits.rank_of(wide, following))
+
+
+def test_a_masked_logit_and_a_broken_row_are_kept_as_they_are():
+    rows = np.array([[2.0, -np.inf, 0.0], [np.nan, 1.0, 3.0], [np.inf, 1.0, 0.0]], np.float32)
+    kept = logits.summary(rows, np.array([2, 2, 1]), 2)
+    np.testing.assert_allclose(kept["entropy"][0], stats.entropy(special.softmax(rows[0].astype(np.float64))), rtol=1e-6)
+    assert kept["top_ids"].tolist() == [[0, 2], [2, 1], [0, 1]]
+    assert kept["next_ranks"].tolist() == [1, -1, 1]
+    for name in ("entropy", "logsumexp", "next_logprobs"):
+        assert np.isnan(kept[name][1:]).all()
+    row = lens.lens_row(rows, np.zeros((3, 3), np.float32), [0, 2, 2])
+    assert row["kl"][0] == np.inf  # the model gives a third to what the row rules out
+    assert np.isnan(row["kl"][1:]).all()
+    ruled_out = lens.lens_row(np.zeros((1, 3), np.float32), rows[:1], [0])
+    assert ruled_out["kl"][0] == pytest.approx(np.log(3) - stats.entropy(special.softmax(rows[0].astype(np.float64))), rel=1e-6)
+
+
+def test_perplexity_so_far_is_the_exponential_of_the_mean_surprise():
+    found = logits.cumulative_perplexity(np.log([0.5, 0.125, 0.25, np.nan]))
+    np.testing.assert_allclose(found[:3], [2, 4, 4])  # 2; sqrt(2 * 8); cube root of 2 * 8 * 4
+    assert np.isnan(found[3])
+    assert np.isnan(logits.cumulative_perplexity(np.array([-1.0, np.nan, -1.0, np.nan]))).tolist() == [False, True, True, True]
+    assert logits.cumulative_perplexity(np.array([-1e4, np.nan]))[0] == np.inf

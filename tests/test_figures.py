@@ -5,14 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from backend.analysis import logits
 from backend.analysis.activations import reduce_signed
 from backend.analysis.attention import reduce_max
 from components.figures import theme
 from components.figures.activations import norms_heatmap, statistics_lines, token_dimension_map
 from components.figures.attention import attention_pattern, head_heatmap
+from components.figures.attention_token import token_attention
 from components.figures.attribution import cumulative_line, head_contributions, part_bars
 from components.figures.distributions import followed_lines, quantile_lines
-from components.figures.lens import depth_curves, lens_table, target_curves
+from components.figures.lens import depth_curves, held_out_bars, lens_table, target_curves
+from components.figures.logits import PositionCurves, prediction_lines, top_bars
 from components.figures.neurons import neuron_bars
 
 HOSTILE = '<a href="javascript:alert(1)">x</a><br>%{z}'
@@ -47,7 +50,9 @@ def test_a_long_pattern_keeps_its_strongest_link_and_says_where_it_is():
     at = np.unravel_index(np.nanargmax(cells.z), cells.z.shape)
     assert cells.z[at] == 1
     assert rows[at[0]] <= 500 < rows[at[0] + 1] and columns[at[1]] <= 37 < columns[at[1] + 1]
-    assert f"positions {columns[at[1]]}-{columns[at[1] + 1] - 1}" in cells.customdata[at] or "(position 37)" in cells.customdata[at]
+    name = attention_pattern(reduced, [f"t{i}" for i in range(n)], edges=(rows, columns)).layout.meta["x"][at[1]]
+    assert name == f"positions {columns[at[1]]}-{columns[at[1] + 1] - 1}: t{columns[at[1]]} ... t{columns[at[1] + 1] - 1}" or name == "t37 (position 37)"
+    assert columns[at[1]] <= cells.x[at[1]] < columns[at[1] + 1], "the axis counts positions"
 
 
 def test_a_reduced_cell_on_the_diagonal_is_not_blanked():
@@ -61,7 +66,7 @@ def test_the_square_root_changes_the_colour_and_neither_the_hover_nor_the_scale_
     pattern = causal(3)
     figure = attention_pattern(pattern, list("abc"), sqrt=True)
     assert figure.data[0].z[2, 1] == pytest.approx(pattern[2, 1] ** 0.5)
-    assert f"{pattern[2, 1]:.5f}" in figure.data[0].customdata[2, 1]
+    assert figure.layout.meta["sqrt"] is True, "the browser squares what it says of a cell"
     bar = figure.data[0].colorbar
     for place, word in zip(bar.tickvals, bar.ticktext, strict=True):
         assert place**2 == pytest.approx(float(word))
@@ -69,7 +74,7 @@ def test_the_square_root_changes_the_colour_and_neither_the_hover_nor_the_scale_
 
 def test_equal_tokens_keep_rows_and_columns_of_their_own():
     figure = attention_pattern(causal(4), ["the", "the", "the", "the"])
-    assert figure.data[0].x is None and figure.data[0].z.shape == (4, 4)
+    assert list(figure.data[0].x) == [0, 1, 2, 3] and figure.data[0].z.shape == (4, 4)
     assert list(figure.layout.xaxis.tickvals) == [0, 1, 2, 3]
     reduced, rows, columns = reduce_signed(RNG.normal(size=(4, 10)), 256, 512)
     names = token_dimension_map(reduced, (rows, columns), ["the"] * 4, 1.0).data[0].y
@@ -79,6 +84,27 @@ def test_equal_tokens_keep_rows_and_columns_of_their_own():
 def test_the_colour_of_attention_spans_probability_whatever_the_head_holds():
     cells = attention_pattern(causal(5) * 0.01, list("abcde")).data[0]
     assert (cells.zmin, cells.zmax) == (0, 1)
+
+
+def test_a_part_of_a_pattern_lies_where_it_is_in_the_prompt():
+    pattern = causal(60)
+    figure = attention_pattern(pattern[20:30, 5:25], [f"t{i}" for i in range(60)], edges=(np.arange(20, 31), np.arange(5, 26)), position=22)
+    assert tuple(figure.layout.xaxis.range) == (4.5, 24.5) and tuple(figure.layout.yaxis.range) == (29.5, 19.5)
+    assert list(figure.layout.yaxis.ticktext) == [f"t{i}" for i in range(20, 30)] and list(figure.layout.yaxis.tickvals) == list(range(20, 30))
+    assert figure.layout.meta["y"][2] == "t22 (position 22)"
+    frame = next(shape for shape in figure.layout.shapes if shape.type == "rect")
+    assert (frame.x0, frame.x1, frame.y0, frame.y1) == (4.5, 22.5, 21.5, 22.5)
+    blank = np.isnan(figure.data[0].z)
+    np.testing.assert_array_equal(blank, np.arange(5, 25)[None, :] > np.arange(20, 30)[:, None])
+
+
+def test_scores_run_to_both_sides_of_zero_and_weighted_values_to_their_own_limit():
+    cells = attention_pattern(causal(3) - 0.5, list("abc"), unit="score", limit=4.0, signed=True, sqrt=True).data[0]
+    assert (cells.zmin, cells.zmax) == (-4, 4) and cells.z[2, 1] < 0.5
+    cells = attention_pattern(causal(3), list("abc"), unit="length", limit=2.5, sqrt=True).data[0]
+    assert cells.zmax == pytest.approx(2.5**0.5)
+    for place, word in zip(cells.colorbar.tickvals, cells.colorbar.ticktext, strict=True):
+        assert place**2 == pytest.approx(float(word))
 
 
 @pytest.mark.parametrize(
@@ -234,3 +260,71 @@ def test_followed_values_are_drawn_by_size_and_hovered_as_they_are():
     lines = followed_lines(np.array([[-5.0, 0.0, np.inf]]), ["a"], [0, 1, 2], [True], 100.0).data
     np.testing.assert_array_equal(lines[0].y, [5, np.nan, np.inf])
     assert list(lines[0].customdata) == ["-5", "0", "inf"]
+
+
+def curves(surprise: list[float], entropy: list[float]) -> PositionCurves:
+    values = np.array(surprise), np.array(entropy)
+    return PositionCurves(*values, np.exp(values[0]), np.arange(len(surprise) + 1))
+
+
+def test_predictions_are_drawn_at_their_positions_and_nan_is_marked_not_left_out():
+    figure = prediction_lines(curves([1.0, np.nan, 0.5], [2.0, np.nan, 0.25]), ["a", "b", HOSTILE], 2, "bits", position=2)
+    surprise, entropy, perplexity, broken = figure.data
+    np.testing.assert_array_equal(surprise.y, np.float32([1, np.nan, 0.5]))
+    np.testing.assert_array_equal(entropy.y, np.float32([2, np.nan, 0.25]))
+    assert list(broken.x) == [1] and broken.name == "NaN" and "entropy nan bits" in broken.customdata[0]
+    assert perplexity.yaxis == "y2" and "nothing follows" in surprise.customdata[2] and "<a" not in surprise.customdata[2]
+    tint, line = figure.layout.shapes
+    assert (tint.x0, tint.x1, line.x0) == (0.5, 2.5, 2)  # position 1, the prompt's last, predicts the first generated token
+
+
+def test_many_positions_are_drawn_as_the_largest_of_each_run():
+    values = np.zeros(5000)
+    values[3210] = 7
+    surprise, edges = logits.strongest(values, 1024)
+    figure = prediction_lines(PositionCurves(surprise, surprise, surprise + 1, edges), ["t"] * 5000, 5000, "nats")
+    at = int(np.argmax(figure.data[0].y))
+    assert len(figure.data[0].y) == 1024 and figure.data[0].y[at] == 7 and edges[at] <= 3210 < edges[at + 1]
+    assert f"positions {edges[at]}-{edges[at + 1] - 1}" in figure.data[0].customdata[at]
+    assert np.isnan(logits.strongest(np.array([np.nan, np.nan, 1, np.nan]), 2)[0]).tolist() == [True, False]
+
+
+def test_the_best_tokens_are_bars_with_the_rest_of_the_vocabulary_last():
+    bars = top_bars(np.array([0.5, 0.25]), ["a", HOSTILE], [7, 9], follows=9).data[0]
+    np.testing.assert_allclose(bars.x, [0.5, 0.25, 0.25])
+    assert bars.marker.color[1] != bars.marker.color[0] and "id 9" in bars.customdata[1] and "<a" not in bars.customdata[1]
+    broken = top_bars(np.array([np.nan, np.nan]), ["a", "b"], [0, 1], follows=None).data[0]
+    assert list(broken.text) == ["NaN"] * 3
+
+
+def test_a_followed_token_colours_the_lens_by_its_own_probability_and_generated_tokens_are_marked_off():
+    texts = [[["a", "b"]] * 3] * 2
+    values = np.array([[0.25, np.nan, 0.5], [0.75, 0.125, 1.0]])
+    figure = lens_table(values, texts, np.log(np.full((2, 3, 2), 0.25)), ["1.0", "model"], ["x", "y", "z"], first=40, mode="chosen", token=HOSTILE, n_prompt=42)
+    cells = figure.data[0]
+    np.testing.assert_array_equal(cells.z, values.astype(np.float32))
+    assert (cells.zmin, cells.zmax) == (0, 1) and "probability 0.125" in cells.customdata[1, 1] and "<a" not in cells.customdata[1, 1]
+    assert [shape.x0 for shape in figure.layout.shapes] == [41.5]
+    assert not lens_table(values, texts, np.zeros((2, 3, 2)), ["0", "1"], ["x", "y", "z"], first=40, n_prompt=40).layout.shapes
+    assert depth_curves({"KL": np.ones(2)}, ["1.0", "model"]).data[0].mode == "markers"
+
+
+def test_held_out_kl_is_a_bar_before_and_one_after_for_each_row():
+    before, after = held_out_bars(np.array([[3.0, 1.0], [2.0, 0.5]]), ["embed", "0"]).data
+    assert list(before.x) == ["embed", "L0"]
+    np.testing.assert_array_equal([before.y, after.y], [[3, 2], [1, 0.5]])
+
+
+def test_a_token_s_bars_are_its_row_and_its_column_and_a_long_prompt_keeps_its_strongest_link():
+    labels = [f"t{i}" for i in range(6)]
+    figure = token_attention(np.array([0.1, 0.7, 0.2]), np.array([0.2, 0.3, 0.4, 0.1]), 2, labels)
+    assert [list(bars.x) for bars in figure.data] == [[0, 1, 2], [2, 3, 4, 5]]
+    np.testing.assert_allclose(figure.data[1].y, [0.2, 0.3, 0.4, 0.1], rtol=1e-6)
+    assert "is looked at by t4 (position 4)" in figure.data[1].customdata[2]
+    n = 5000
+    column = np.full(n, 1e-5, np.float32)
+    column[4321] = 0.9
+    long = token_attention(np.ones(1), column, 0, [HOSTILE] * n)
+    line = long.data[1]
+    assert len(line.x) <= 512 and line.x[int(np.argmax(line.y))] == 4321
+    assert "<a " not in long.to_json().replace("\\u003c", "<")

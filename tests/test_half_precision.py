@@ -3,7 +3,7 @@
 import numpy as np
 
 from backend.tracefile import half_precision
-from backend.tracefile.half_precision import overflowed, to_float16
+from backend.tracefile.half_precision import from_float16, overflowed, to_float16
 
 
 def every_kind_of_value() -> np.ndarray:
@@ -37,3 +37,14 @@ def test_only_a_finite_value_that_became_infinite_overflowed():
     for values, expected in (([1.0, np.inf], False), ([np.nan, 2.0], False), ([65504.0], False), ([70_000.0, np.inf], True), ([], False)):
         array = np.array(values, np.float32)
         assert overflowed(to_float16(array), array) is expected
+
+
+def test_every_half_there_is_widens_to_the_same_number():
+    every = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    np.testing.assert_array_equal(from_float16(every), every.astype(np.float32))
+    np.testing.assert_array_equal(from_float16(every.reshape(256, 256)[::3, 5:].T), every.reshape(256, 256)[::3, 5:].T.astype(np.float32))
+
+
+def test_without_ggmls_library_numpy_widens(monkeypatch):
+    monkeypatch.setattr(half_precision, "_ggml_widen", lambda: None)
+    np.testing.assert_array_equal(from_float16(np.array([1.5, -2.25, np.inf], np.float16)), np.array([1.5, -2.25, np.inf], np.float32))

@@ -216,7 +216,7 @@ def broken_traces(tmp_path_factory: pytest.TempPathFactory, tiny_llama: TinyMode
 @pytest.mark.parametrize("number", [0, 1, 2])
 def test_every_page_shows_a_broken_trace(broken_traces: list[str], number: int) -> None:
     trace = broken_traces[number]
-    for page in ("/", "/trace", "/attention", "/activations", "/lens", "/library", "/jobs"):
+    for page in ("/", "/trace", "/attention", "/activations", "/lens", "/logits", "/library", "/jobs"):
         layout = json.dumps(ask(page, f"?trace={trace}"))
         assert trace in layout or page in ("/", "/jobs", "/library"), page
     listed = {"library-search.value": "", "library-model.value": None, "library-category.value": None, "library-page.data": {"value": 0}, "counts.data": {}}
@@ -226,10 +226,15 @@ def test_every_page_shows_a_broken_trace(broken_traces: list[str], number: int) 
         sites, n_layers, n_heads = list(opened.stored), opened.info.n_layers, opened.info.n_heads
     for at in (0, len(IDS) - 1):
         where = {**common, "position.data": at}
-        for mode in ("probability", "entropy", "kl", "rank"):
-            post("lens-table.figure", {**where, "lens-mode.value": mode})
-        post("lens-guesses.children", where)
-        post("target-curves.figure", {**where, "target-token.data": None})
+        lens = {**where, "target-token.data": None, "lens-choice.data": {"site": "resid_post", "layer": None, "tuned": ""}}
+        for mode in ("probability", "entropy", "kl", "rank", "chosen"):
+            post("lens-table.figure", {**lens, "lens-mode.value": mode})
+        post("lens-guesses.children", lens)
+        post("target-curves.figure", lens)
+        for unit in ("nats", "bits"):
+            post("logits-lines.figure", {**where, "logits-unit.value": unit})
+            post("logits-table.children", {**where, "logits-unit.value": unit, "logits-shown.data": None})
+        post("logits-top.figure", {**where, "logits-k.value": 20})
         post("top-list.children", where)
         for layer, head, scale in itertools.product(range(n_layers), (0, n_heads - 1), ("linear", "sqrt") if at else ("linear",)):
             post("pattern.figure", {**where, "chosen-head.data": {"layer": layer, "head": head}, "pattern-scale.value": scale})

@@ -1,8 +1,8 @@
 """Next-token logits: probabilities, the best tokens, entropy and rank.
 
 Everything takes logits (pos, d_vocab) in any float type and goes through the vocabulary a few rows at a time, so a matrix of
-128,000 columns costs no second copy of itself. The single functions work in float64; `summary`, which every run goes through,
-in float32, which errs by about 1e-6. Natural logarithms throughout.
+128,000 columns costs no second copy of itself. The single functions work in float64; `RowReader`, which every run and every lens
+goes through, in float32, which errs by about 1e-6. Natural logarithms throughout.
 
 Broken models give NaN: a row that holds NaN or +inf has no distribution, so its log-probabilities and entropy are NaN and its tokens have
 no rank (-1). Its best tokens are still the largest numbers, NaN last, so that every row names as many.
@@ -10,10 +10,14 @@ no rank (-1). Its best tokens are still the largest numbers, NaN last, so that e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from backend.analysis.activations import bucket_edges
 
 _CELLS = 1 << 21  # cells of one float64 working block: 16 MB
 
@@ -55,21 +59,69 @@ def top_k(logits: NDArray[np.floating], k: int) -> tuple[NDArray[np.int32], NDAr
 
 def top_ids(logits: NDArray[np.floating], k: int) -> NDArray[np.int32]:
     """Ids of the k largest logits of each row, best first; equal ones in the order of their ids, NaN last. (pos, d_vocab) -> (pos, k)."""
-    n_rows, n_vocab = logits.shape
-    k = min(k, n_vocab)
-    ids = np.empty((n_rows, k), np.int32)
-    # At least k values are no smaller than the k-th largest of the maxima of k or more groups: a few candidates stand for the row.
-    width = next((w for w in (64, 16, 4) if n_vocab // w >= 2 * k), 1)
-    whole = n_vocab // width * width
-    for i in range(n_rows):
+    ids = np.empty((len(logits), min(k, logits.shape[1])), np.int32)
+    for i in range(len(logits)):
         row = np.asarray(logits[i])
         if (missing := np.isnan(row)).any():
             row = np.where(missing, -np.inf, row)
-        maxima = row[:whole].reshape(-1, width).max(axis=-1) if width > 1 else row
-        threshold = np.partition(maxima, len(maxima) - k)[len(maxima) - k]
-        candidates = np.flatnonzero(row >= threshold)  # ids ascend, so a stable sort breaks ties by id
-        ids[i] = candidates[np.argsort(-row[candidates], kind="stable")[:k]]
+        ids[i] = _row_top_ids(row, ids.shape[1])
     return ids
+
+
+def _row_top_ids(row: NDArray[np.floating], k: int) -> NDArray[np.int64]:
+    """Of one row without NaN: at least k values are no smaller than the k-th largest of the maxima of k or more groups, so few candidates stand for it."""
+    groups = next((n for n in (len(row) // width for width in (64, 16, 4)) if n >= 2 * k), 0)
+    # Each group takes every `groups`-th column, so that the maxima of all of them are made of long runs at once.
+    maxima = row[: len(row) // groups * groups].reshape(-1, groups).max(axis=0) if groups else row
+    threshold = np.partition(maxima, len(maxima) - k)[len(maxima) - k]
+    candidates = np.flatnonzero(row >= threshold)  # ids ascend, so a stable sort breaks ties by id
+    return candidates[np.argsort(-row[candidates], kind="stable")[:k]]
+
+
+@dataclass
+class RowSums:
+    """What is known of one row after `RowReader.read`; logarithms natural, `scalar` as (logsumexp, entropy, log-prob of the token that follows)."""
+
+    top_ids: NDArray[np.int64]
+    top_logprobs: NDArray[np.float64]
+    scalars: tuple[float, float, float]
+    rank: int
+
+
+class RowReader:
+    """Everything a trace or a lens keeps of a row of logits, read while the row lies in the processor's cache.
+
+    Same definitions as the functions of these names, in float32. It holds working rows: one reader for each thread.
+    """
+
+    def __init__(self, d_vocab: int, k: int) -> None:
+        self.k = min(k, d_vocab)
+        self.shifted, self.weights = np.empty(d_vocab, np.float32), np.empty(d_vocab, np.float32)
+        self.top = self.total = self.log_total = 0.0
+
+    def take(self, row: NDArray[np.float32]) -> None:
+        """Of a row (d_vocab,): `top` its maximum, `shifted` = row - top, `weights` = exp(shifted), `total` their sum and `log_total` its logarithm."""
+        top = row.max()
+        np.subtract(row, top, out=self.shifted)
+        np.exp(self.shifted, out=self.weights)
+        self.top, self.total = float(top), float(self.weights.sum())
+        self.log_total = math.log(self.total) if self.total > 0 else math.nan  # NaN > 0 is false
+
+    def read(self, row: NDArray[np.float32], following: int) -> RowSums:
+        """The whole of one row (d_vocab,), float32; following: the token that really follows."""
+        self.take(row)
+        log_sum, value = self.top + self.log_total, row[following]
+        spread = float(np.dot(self.weights, self.shifted)) / self.total
+        own_entropy = self.log_total - spread  # -sum p ln p with ln p = shifted - ln total
+        if math.isnan(own_entropy) and not math.isnan(log_sum):  # a logit of -inf, whose p ln p is 0
+            own_entropy = float(entropy(row[None])[0])
+        best = top_ids(row[None], self.k)[0] if math.isnan(self.top) else _row_top_ids(row, self.k)
+        return RowSums(best, row[best] - np.float64(log_sum), (log_sum, own_entropy, float(value) - log_sum), self.rank(row, following))
+
+    def rank(self, row: NDArray[np.float32], token: int) -> int:
+        """How many tokens stand before `token` in the row that was taken last, as `rank_of` counts."""
+        value = row[token]
+        return -1 if math.isnan(self.top) else int(np.count_nonzero(row > value)) + int(np.count_nonzero(row[:token] == value))
 
 
 def summary(logits: NDArray[np.float32], following: NDArray[np.integer], k: int) -> dict[str, NDArray]:
@@ -79,24 +131,21 @@ def summary(logits: NDArray[np.float32], following: NDArray[np.integer], k: int)
     Returns top_ids (pos, k) int32 and top_logprobs (pos, k), logsumexp, entropy, next_logprobs (pos,) float32, all in nats, and
     next_ranks (pos,) int32, 0 for the best. Same definitions as the functions of these names.
     """
-    ids = top_ids(logits, k)
-    out: dict[str, NDArray] = {name: np.empty(len(logits), np.float32) for name in ("logsumexp", "entropy", "next_logprobs")}
-    ranks = np.empty(len(logits), np.int32)
-    for rows in row_blocks(*logits.shape):
-        block = np.asarray(logits[rows], np.float32)
-        top = block.max(axis=-1, keepdims=True)
-        shifted = block - top
-        weights = np.exp(shifted)
-        total = weights.sum(axis=-1)
-        log_total = np.log(total)
-        out["logsumexp"][rows] = top[:, 0] + log_total
-        # -sum p ln p with ln p = shifted - ln total, and 0 where p is 0
-        out["entropy"][rows] = log_total - np.multiply(weights, np.maximum(shifted, -1e30), out=weights).sum(axis=-1) / total
-        value = np.take_along_axis(block, following[rows, None], axis=-1)
-        out["next_logprobs"][rows] = value[:, 0] - out["logsumexp"][rows]
-        ranks[rows] = _rank(block, value, following[rows])
-    values = np.take_along_axis(np.asarray(logits), ids, axis=-1)
-    return {"top_ids": ids, "top_logprobs": (values - out["logsumexp"][:, None]).astype(np.float32), **out, "next_ranks": ranks}
+    reader = RowReader(logits.shape[1], k)
+    with np.errstate(invalid="ignore"):
+        read = [reader.read(np.asarray(row, np.float32), int(token)) for row, token in zip(logits, following, strict=True)]
+    return joined(read)
+
+
+def joined(rows: Sequence[RowSums]) -> dict[str, NDArray]:
+    """The arrays of `summary` from the sums of its rows."""
+    scalars = np.array([row.scalars for row in rows], np.float32)
+    return {
+        "top_ids": np.array([row.top_ids for row in rows], np.int32),
+        "top_logprobs": np.array([row.top_logprobs for row in rows], np.float32),
+        **{name: scalars[:, at] for at, name in enumerate(("logsumexp", "entropy", "next_logprobs"))},
+        "next_ranks": np.array([row.rank for row in rows], np.int32),
+    }
 
 
 def entropy(logits: NDArray[np.floating]) -> NDArray[np.float32]:
@@ -143,3 +192,26 @@ def _rank(block: NDArray[np.floating], value: NDArray[np.floating], token: NDArr
         equal = row[: token[i]] == value[i]
         before[i] = np.count_nonzero(row > value[i]) + np.count_nonzero(equal)
     return np.where(np.isnan(block.max(axis=-1)), -1, before)
+
+
+def cumulative_perplexity(next_logprobs: NDArray[np.floating]) -> NDArray[np.float64]:
+    """exp of the mean surprise of all tokens up to the one that follows each position: (pos,) -> (pos,), NaN at the last, where nothing follows.
+
+    next_logprobs: (pos,) as `next_token_logprobs` gives them. One NaN, of a broken prediction, makes every later value NaN.
+    Source: Jelinek et al. 1977, "Perplexity, a measure of the difficulty of speech recognition tasks".
+    """
+    surprises = -np.asarray(next_logprobs, np.float64)
+    if not len(surprises):
+        return surprises
+    with np.errstate(over="ignore"):
+        means = np.cumsum(surprises[:-1]) / np.arange(1, len(surprises))
+        return np.append(np.exp(means), np.nan)
+
+
+def strongest(values: NDArray[np.floating], most: int) -> tuple[NDArray[np.floating], NDArray[np.int64]]:
+    """At most `most` values that stand for all: the largest of each run of positions. (pos,) -> (cell,), edges (cell + 1,) of the runs.
+
+    NaN only where a whole run is NaN.
+    """
+    edges = bucket_edges(len(values), min(most, len(values)))
+    return np.fmax.reduceat(values, edges[:-1]), edges

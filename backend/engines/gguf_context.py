@@ -27,14 +27,15 @@ class Model:
 
     llama.cpp would repack them for faster kernels (use_extra_bufts). That is off: it keeps a second copy, a write to a repacked
     weight kills the process, and so does its AMX kernel on machines that report AMX to the program but do not let it be used.
-    The file is mapped, llama.cpp's default, except with `editable_weights`: mapped pages cannot be written.
+    The file is mapped, llama.cpp's default, except with `editable_weights`: mapped pages cannot be written. `vocabulary_only`: the tokenizer without any tensor.
     """
 
-    def __init__(self, path: Path, options: OpenOptions, editable_weights: bool) -> None:
+    def __init__(self, path: Path, options: OpenOptions, editable_weights: bool, vocabulary_only: bool = False) -> None:
         self.llama = open_llama()
         params = self.llama.llama_model_default_params()
         params.n_gpu_layers = _gpu_layers(self.llama, options)
         params.use_extra_bufts = False
+        params.vocab_only = vocabulary_only
         if editable_weights:
             params.load_mode = self.llama.LLAMA_LOAD_MODE_NONE
         forget_errors()

@@ -55,7 +55,10 @@ class Unembedding:
     def __call__(self, resid: NDArray[Any], tokens: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         logits = self._times_w_u(self.normed(resid), tokens)
         bias = self.w_u_bias if self.w_u_bias is None or tokens is None else self.w_u_bias[tokens]
-        logits = (logits if bias is None else logits + bias) / np.float32(self.divisor)
+        if bias is not None:
+            logits += bias
+        if self.divisor != 1.0:  # in place: another block of logits costs as much time as reading it
+            logits /= np.float32(self.divisor)
         return np.asarray(self.softcap * np.tanh(logits / self.softcap), np.float32) if self.softcap else logits
 
     def _times_w_u(self, normed: NDArray[np.float32], tokens: NDArray[np.int64] | None) -> NDArray[np.float32]:

@@ -54,6 +54,10 @@ class Vocabulary:
         raw = _grown(lambda buffer, size: self._llama.llama_detokenize(self._vocab, tokens, len(ids), buffer, size, False, False))
         return raw.decode("utf-8", "replace")
 
+    def attributes(self, token: int) -> int:
+        """llama.cpp's flags of a token (LLAMA_TOKEN_ATTR_*)."""
+        return int(self._llama.llama_vocab_get_attr(self._vocab, self._checked(token)))
+
     def ends(self, token: int) -> bool:
         """Whether generation stops after this token."""
         return bool(self._llama.llama_vocab_is_eog(self._vocab, self._checked(token)))

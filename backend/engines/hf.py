@@ -188,7 +188,8 @@ class HfEngine:
                 bias = None if unembed.bias is None else unembed.bias[chosen]
                 logits = [torch.nn.functional.linear(norm.forward(piece[None])[0], unembed.weight[chosen], bias) for piece in pieces]
             ended = [to_numpy(finished(self._row, self._model.config, piece)) for piece in logits]
-        return np.concatenate(ended).reshape(*resid.shape[:-1], -1)
+        whole = ended[0] if len(ended) == 1 else np.concatenate(ended)
+        return whole.reshape(*resid.shape[:-1], -1)
 
     def nodes(self) -> list[NativeTensor]:
         """Every module below the model, by its path."""

@@ -68,6 +68,14 @@ class HfTokenizer:
             return "".join(self.token_texts(ids))
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
+    def holds(self, token_id: int) -> bool:
+        """Whether the tokenizer has a token of this id: an embedding is often padded with rows that no token uses."""
+        return self._tokenizer is not None and self._tokenizer.convert_ids_to_tokens(token_id) is not None
+
+    @property
+    def special_ids(self) -> set[int]:
+        return {int(i) for i, token in self._tokenizer.added_tokens_decoder.items() if token.special} if self._tokenizer else set()
+
     def _text(self, token_id: int) -> str:
         token = self._tokenizer.convert_ids_to_tokens(token_id) if self._tokenizer else None
         if token is None:

@@ -55,6 +55,8 @@ def _job(module: str, function: str) -> Experiment:
 
 
 KINDS: dict[str, Experiment] = {
+    "attention_maps": _job("attention_maps", "attention_maps_job"),
+    "head_detector": _job("head_detector", "head_detector_job"),
     "capture": _job("capture", "capture_job"),
     "generate": _job("generation", "generate_job"),
     "batch": _job("batch", "batch_job"),
@@ -65,7 +67,10 @@ KINDS: dict[str, Experiment] = {
     "neuron_examples": _job("neurons", "neuron_examples_job"),
     "neuron_tokens": _job("neurons", "neuron_tokens_job"),
     "vocabulary": _job("attribution", "vocabulary_job"),
+    "tuned_lens": _job("tuned_lens", "tuned_lens_job"),
     "quantization": _job("quantization", "quantization_job"),
+    "embeddings": _job("embeddings", "embeddings_job"),
+    "neighbours": _job("embeddings", "neighbours_job"),
     "graph": _job("graph", "graph_job"),
     "weight_report": _job("weight_report", "weight_report_job"),
     "weight_tensor": _job("weight_report", "weight_tensor_job"),

@@ -1,6 +1,6 @@
-"""float32 to float16, as fast as the processor can: the conversion that every stored activation goes through.
+"""float32 to float16 and back, as fast as the processor can: the conversion that every stored activation goes through.
 
-NumPy converts one value at a time (2.6 ms a million on the machine where this was measured); ggml's CPU library, which is
+NumPy converts one value at a time (2.6 ms a million on the machine where this was measured, 3.6 back); ggml's CPU library, which is
 installed with llama-cpp-python, uses the processor's own instructions (0.08 ms). Both round to the nearest, ties to even, and
 make what is too large infinite. Where that library is missing NumPy does it.
 """
@@ -34,6 +34,17 @@ def to_float16(values: NDArray[np.float32], out: NDArray[np.float16] | None = No
     return out
 
 
+def from_float16(half: NDArray[np.float16]) -> NDArray[np.float32]:
+    """`half` in single precision, in a new array: exact."""
+    source = np.ascontiguousarray(half)
+    convert = _ggml_widen()
+    if convert is None:
+        return source.astype(np.float32)
+    out = np.empty(source.shape, np.float32)
+    convert(source.ctypes.data, out.ctypes.data, source.size)
+    return out
+
+
 def overflowed(half: NDArray[np.float16], values: NDArray[np.float32]) -> bool:
     """Whether a finite value became infinite in `half`."""
     if not half.size or int(np.max(half.view(np.uint16) & 0x7FFF)) < _INFINITE:
@@ -43,12 +54,25 @@ def overflowed(half: NDArray[np.float16], values: NDArray[np.float32]) -> bool:
 
 @functools.cache
 def _ggml_convert() -> Callable[[int, int, int], Any] | None:
-    """ggml_cpu_fp32_to_fp16(const float *, ggml_fp16_t *, int64_t) of the installed wheel; importing llama_cpp is not needed."""
+    """ggml_cpu_fp32_to_fp16(const float *, ggml_fp16_t *, int64_t)"""
+    return _ggml("ggml_cpu_fp32_to_fp16")
+
+
+@functools.cache
+def _ggml_widen() -> Callable[[int, int, int], Any] | None:
+    """ggml_cpu_fp16_to_fp32(const ggml_fp16_t *, float *, int64_t)"""
+    return _ggml("ggml_cpu_fp16_to_fp32")
+
+
+def _ggml(function: str) -> Callable[[int, int, int], Any] | None:
+    """A conversion of the installed wheel's CPU library; importing llama_cpp is not needed."""
     spec = importlib.util.find_spec("llama_cpp")
     folder = Path(spec.origin).parent / "lib" if spec and spec.origin else Path()
     for name in ("libggml-cpu.so", "libggml-cpu.dylib"):
         try:
-            convert = ctypes.CDLL(str(folder / name)).ggml_cpu_fp32_to_fp16
+            library = ctypes.CDLL(str(folder / name))
+            library.ggml_cpu_init()  # fills the table that some values go through; does nothing the second time
+            convert = getattr(library, function)
         except (OSError, AttributeError):
             continue  # another platform, or a build with the processor's back ends as plug-ins: NumPy does it
         convert.argtypes, convert.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64], None

@@ -15,25 +15,28 @@ from components.figures.theme import LINES, MONO, colours, compact, escape, figu
 MODES = {
     "probability": "probability of the top token",
     "entropy": "entropy, nats",
-    "kl": "KL(model || layer), nats",
+    "kl": "KL(model || row), nats",
     "rank": "rank of the token that follows",
+    "chosen": "probability of the token that follows",
 }
 
 
 def lens_table(values: NDArray[np.floating], top_texts: Sequence[Sequence[Sequence[str]]], top_logprobs: NDArray[np.floating], rows: Sequence[str],
                labels: Sequence[str], first: int = 0, mode: str = "probability", position: int | None = None, theme: str = "light",
-               following: Sequence[str] = ()) -> go.Figure:  # fmt: skip
+               following: Sequence[str] = (), token: str = "", n_prompt: int | None = None) -> go.Figure:  # fmt: skip
     """Each layer's best guess at each position, written in the cell; the colour is `mode`.
 
-    values:       (row, pos) what the colour shows: probability of the top token, entropy or KL in nats, or rank (0 = best, -1: none)
+    values:       (row, pos) what the colour shows: probability of the top token, entropy or KL in nats, rank (0 = best, -1: none) or probability of a token
     top_texts:    [row][pos][k] display text of the best tokens, best first; top_logprobs: (row, pos, k)
     rows:         "embed", "0", "1", ... from the input up, drawn bottom to top
     labels:       display text of the positions shown, the first of which is position `first` of the prompt
     following:    display text of the token that really follows each position, for the hover
+    token:        display text of the one token that rank and probability are of, where it is not the one that follows
+    n_prompt:     tokens of the prompt; a line stands where the generated ones begin
     """
     shown, limits, bar = _colour(values, mode)
     written = [[_cell_text(top_texts[r][p][0], values[r, p], mode) for p in range(len(labels))] for r in range(len(rows))]
-    hovers = np.array([[_hover(rows[r], first + p, labels[p], top_texts[r][p], top_logprobs[r, p], values[r, p], mode, following[p] if following else None)
+    hovers = np.array([[_hover(rows[r], first + p, labels[p], top_texts[r][p], top_logprobs[r, p], values[r, p], mode, token or (following[p] if following else None))
                         for p in range(len(labels))] for r in range(len(rows))], dtype=object)  # fmt: skip
     cells = go.Heatmap(
         z=compact(shown), x=np.arange(first, first + len(labels), dtype=np.int32), text=written, texttemplate="%{text}", textfont={"family": MONO, "size": 11},
@@ -47,8 +50,11 @@ def lens_table(values: NDArray[np.floating], top_texts: Sequence[Sequence[Sequen
     found.update_yaxes(showgrid=False, zeroline=False, tickmode="array", tickvals=list(range(len(rows))), ticktext=[row_label(r) for r in rows])
     if position is not None and first <= position < first + len(labels):
         found.add_shape(type="rect", x0=position - 0.5, x1=position + 0.5, y0=-0.5, y1=len(rows) - 0.5, line={"color": colours(theme)["accent"], "width": 2})
+    if n_prompt is not None and first < n_prompt < first + len(labels):
+        found.add_shape(type="line", x0=n_prompt - 0.5, x1=n_prompt - 0.5, y0=-0.5, y1=len(rows) - 0.5, line={"color": colours(theme)["ink-3"], "width": 2, "dash": "dot"})
     with_names(found, [f"{first + at} {label}" for at, label in enumerate(labels)], [row_label(r) for r in rows])
-    return with_scale(found, f"{MODES[mode]}, log scale" if mode == "rank" else MODES[mode], theme)
+    said = MODES[mode].replace("the token that follows", token) if token else MODES[mode]
+    return with_scale(found, f"{said}, log scale" if mode == "rank" else said, theme)
 
 
 def depth_curves(curves: Mapping[str, NDArray[np.floating]], rows: Sequence[str], theme: str = "light", ranks: Sequence[str] = (),
@@ -62,14 +68,15 @@ def depth_curves(curves: Mapping[str, NDArray[np.floating]], rows: Sequence[str]
                           horizontal_spacing=0.08, subplot_titles=[escape(title) for title in curves])  # fmt: skip
     palette = LINES["dark" if theme == "dark" else "light"]
     at, names = list(range(len(rows))), [row_label(r) for r in rows]
+    mode = "markers" if any("." in row for row in rows) else "lines+markers"  # heads of a layer do not follow each other
     for i, (title, values) in enumerate(curves.items()):
         place = {"row": 1, "col": i + 1} if side_by_side else {"row": i + 1, "col": 1}
-        line = go.Scatter(x=at, y=compact(values), name=escape(title), mode="lines+markers", line={"color": palette[i % len(palette)], "width": 2}, marker={"size": 6},
+        line = go.Scatter(x=at, y=compact(values), mode=mode, line={"color": palette[i % len(palette)], "width": 2}, marker={"size": 6},
                           customdata=names, hovertemplate="%{customdata}<br>%{y:.5g}<extra></extra>")  # fmt: skip
         found.add_trace(line, **place)
         axis = _rank_axis(values) if title in ranks else {"rangemode": "tozero", "nticks": 5}
         found.update_yaxes(**axis, **place)
-    step = max(1, len(rows) // 16)
+    step = max(1, -(-len(rows) // 12))
     found.update_layout(template=template(theme), margin={"l": 8, "r": 12, "t": 26, "b": 8})
     found.update_annotations(font={"size": 12, "color": colours(theme)["ink-2"]})
     found.update_xaxes(tickmode="array", tickvals=at[::step], ticktext=names[::step], zeroline=False)
@@ -91,7 +98,7 @@ def _rank_axis(ranks: NDArray[np.floating]) -> dict[str, Any]:
 
 
 def row_label(row: str) -> str:
-    """"embed" or "L3"."""
+    """"embed", "L3", "3.1" (a head) or "model"."""
     return f"L{row}" if row.isdigit() else row
 
 
@@ -104,7 +111,7 @@ def _colour(values: NDArray[np.floating], mode: str) -> tuple[NDArray[np.floatin
         decades = list(range(int(np.floor(lowest)), 1))
         bar = scale_bar(tickvals=decades, ticktext=[f"{10**-d:,}" for d in decades])
         return shown, (lowest, 0.0), bar
-    if mode == "probability":
+    if mode in ("probability", "chosen"):
         return values, (0.0, 1.0), scale_bar(tickvals=[0, 0.5, 1])
     finite = values[np.isfinite(values)]
     top = float(finite.max()) if len(finite) and finite.max() > 0 else 1.0
@@ -122,8 +129,25 @@ def _hover(row: str, position: int, label: str, texts: Sequence[str], logprobs: 
     lines = [f"{row_label(row)} at {escape(label)} (position {position})"]
     if mode == "rank":
         rank = f"rank {int(value) + 1:,}" if value >= 0 else "no rank among NaN"
-        lines.append(f"{escape(following or '')} really follows: {rank}" if value >= 0 or following else "nothing follows")
+        lines.append(f"{escape(following)}: {rank}" if following else "nothing follows")
+    elif mode == "chosen":
+        lines.append(f"{escape(following)}: probability {number(float(value))}" if following else "nothing follows")
     elif mode != "probability":
         lines.append(f"{MODES[mode]} {number(float(value))}")
     lines += [f"{np.exp(float(lp)):8.4f}  {escape(text)}" for text, lp in zip(texts, logprobs, strict=True)]
     return "<br>".join(lines)
+
+
+def held_out_bars(kl: NDArray[np.floating], rows: Sequence[str], theme: str = "light") -> go.Figure:
+    """Mean KL(model || lens) of each row on held-out text, a bar before training (the logit lens) and one after. kl: (row, 2) in nats."""
+    palette = LINES["dark" if theme == "dark" else "light"]
+    names = [row_label(row) for row in rows]
+    bars = [
+        go.Bar(x=names, y=compact(kl[:, i]), name=name, marker={"color": colour}, hovertemplate=f"%{{x}}<br>{name}: KL %{{y:.4g}} nats<extra></extra>")
+        for i, (name, colour) in enumerate((("logit lens", colours(theme)["line-strong"]), ("tuned lens", palette[0])))
+    ]
+    found = figure(theme, *bars, barmode="group", bargap=0.3, showlegend=True, margin={"l": 8, "r": 12, "t": 28, "b": 8})
+    found.update_layout(legend={"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom", "font": {"size": 12}})
+    found.update_xaxes(type="category", zeroline=False, showgrid=False, nticks=34)
+    found.update_yaxes(rangemode="tozero", nticks=5, title="KL on held-out text, nats", zeroline=False)
+    return found

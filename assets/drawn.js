@@ -1,0 +1,32 @@
+/* Draws the elements that components/drawn.py sends: [tag, attributes, children] and texts. Only tags and attributes that show something. */
+(function () {
+    const TAGS = new Set(["div", "span", "b", "p", "table", "thead", "tbody", "tr", "th", "td", "button"]);
+    const allowed = (name) => /^(class|title|role|tabindex|colspan|style|data-[\w-]+|aria-[\w-]+)$/.test(name);
+    const camel = (name) => name.replace(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`);
+
+    function make(item) {
+        if (typeof item === "string") return document.createTextNode(item);
+        const [tag, attributes, children] = item;
+        if (!TAGS.has(tag)) throw new Error(`<${tag}> is not drawn`);
+        const element = document.createElement(tag);
+        for (const [name, value] of Object.entries(attributes)) {
+            if (!allowed(name)) throw new Error(`attribute ${name} is not drawn`);
+            if (name === "style") for (const [key, entry] of Object.entries(value)) element.style.setProperty(key.startsWith("--") ? key : camel(key), String(entry));
+            else element.setAttribute(name, String(value));
+        }
+        for (const child of children) element.append(make(child));
+        return element;
+    }
+
+    window.dash_clientside = window.dash_clientside || {};
+    window.dash_clientside.layerscope = Object.assign(window.dash_clientside.layerscope || {}, {
+        draw(items, store) {
+            const host = document.getElementById(store.replace(/-drawing$/, ""));
+            if (host && items) {
+                host.replaceChildren(...items.map(make));
+                if (host.matches(".strip-tokens")) host.querySelector(".chosen")?.scrollIntoView({ block: "nearest" });
+            }
+            return window.dash_clientside.no_update;
+        },
+    });
+})();
