@@ -120,7 +120,7 @@ def trace_id(tiny_mistral: TinyModel) -> Iterator[str]:
         yield path.stem
 
 
-@pytest.mark.parametrize("name", ["home", "library", "jobs", "batch", "generate", "trace", "attention", "activations", "lens", "attribution", "neurons", "architecture", "graph",
+@pytest.mark.parametrize("name", ["home", "library", "jobs", "batch", "generate", "trace", "attention", "activations", "lens", "logits", "embeddings", "attribution", "neurons", "architecture", "graph",
                                   "quantization", "weights"])  # fmt: skip
 def test_the_cards_of_a_page(name: str, trace_id: str):
     page = next(page for page in dash.page_registry.values() if page["module"] == f"pages.{name}")
