@@ -53,7 +53,7 @@ def test_every_card_has_a_title_and_an_about_text():
 
 
 def test_every_graph_has_its_tools_and_no_tool_is_without_a_graph():
-    graphs, tools = first_texts("graph"), first_texts("graph_tools")
+    graphs, tools = first_texts("graph") | first_texts("_graph"), first_texts("graph_tools")  # _graph: two panes of one kind
     assert len(graphs) > 20
     assert {name: graphs[name] for name in graphs.keys() - tools.keys()} == {}
     assert {name: tools[name] for name in tools.keys() - graphs.keys()} == {}
@@ -120,8 +120,7 @@ def trace_id(tiny_mistral: TinyModel) -> Iterator[str]:
         yield path.stem
 
 
-@pytest.mark.parametrize("name", ["home", "library", "jobs", "batch", "generate", "trace", "attention", "activations", "lens", "logits", "embeddings", "attribution", "neurons", "architecture", "graph",
-                                  "quantization", "weights"])  # fmt: skip
+@pytest.mark.parametrize("name", sorted(path.stem for path in ROOT.glob("pages/*.py") if path.stem != "not_found_404"))
 def test_the_cards_of_a_page(name: str, trace_id: str):
     page = next(page for page in dash.page_registry.values() if page["module"] == f"pages.{name}")
     for query in ({}, {"trace": trace_id}):
