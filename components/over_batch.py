@@ -40,19 +40,19 @@ def trace_ids(trace: Trace, group: str) -> list[str]:
     return [found.id for found in services().library.traces(model=trace.info.name, limit=MOST, **of)][::-1]
 
 
-def over_batch_card(trace: Trace, asked: dict[str, str], body: Any, tools: list[Any], about: Any) -> html.Section | None:
+def over_batch_card(trace: Trace, asked: dict[str, str], pickers: list[Any], body: Any, tools: list[Any], about: Any) -> html.Section | None:
     """The card with the picker of the group, and the stores of its callbacks; None where the trace belongs to no group.
 
-    asked: the page's query; `over` is read from it. body: what the page shows of the group.
+    asked: the page's query; `over` is read from it. pickers: the page's own, beside that of the group. body: what the page shows of the group.
     """
     groups = groups_of(trace)
     if not groups:
         return None
     options: Any = [{"label": label, "value": value} for value, label in groups.items()]
     choose = dcc.Dropdown(options, as_choice(asked.get("over"), list(groups), next(iter(groups))), id="over-group", clearable=False, searchable=False, className="picker-traces")
-    picker = html.Div(html.Label([html.Span("Group"), choose]), className="controls over-controls")
+    row = html.Div([html.Label([html.Span("Group"), choose]), *pickers], className="controls over-controls")
     stores = [dcc.Store(id="over-ready"), dcc.Store(id="over-job")]
-    inside = [picker, html.Div(id="over-state"), *stores, html.Div(body, id="over-body")]
+    inside = [row, html.Div(id="over-state"), *stores, html.Div(body, id="over-body")]
     return card("Over a batch", inside, "This trace beside the mean of its group; the group holds this trace as well.", tools, about, className="wide")
 
 

@@ -44,21 +44,20 @@ def head_scores_card(trace: Trace, asked: dict[str, str]) -> html.Section | None
     """For the Attention page."""
     metrics: Any = [{"label": METRIC_TEXTS[name][0], "value": name} for name in METRICS]
     metric = dcc.Dropdown(metrics, as_choice(asked.get("overmetric"), list(METRICS), "previous"), id="over-metric", clearable=False, searchable=False, className="picker-metric")
-    pickers = html.Div([html.Label([html.Span("Score"), metric]), show_picker(asked)], className="controls over-controls")
-    body = [pickers, graph("over-heads", height=130 + 22 * min(trace.info.n_layers, 24))]
-    return over_batch_card(trace, asked, body, graph_tools("over-heads", "batch-heads"), list(ABOUT_HEADS))
+    pickers = [html.Label([html.Span("Score"), metric]), show_picker(asked)]
+    body = graph("over-heads", height=130 + 22 * min(trace.info.n_layers, 24))
+    return over_batch_card(trace, asked, pickers, body, graph_tools("over-heads", "batch-heads"), list(ABOUT_HEADS))
 
 
 def norms_card(trace: Trace, asked: dict[str, str]) -> html.Section | None:
     """For the Activations page."""
     site = dcc.Dropdown(list(NORM_SITES), as_choice(asked.get("oversite"), NORM_SITES, "resid_post"), id="over-site", clearable=False, searchable=False, className="picker-metric")
-    body = [html.Div(html.Label([html.Span("Norm of"), site]), className="controls over-controls"), graph("over-norms", height=280)]
-    return over_batch_card(trace, asked, body, graph_tools("over-norms", "batch-norms"), list(ABOUT_NORMS))
+    return over_batch_card(trace, asked, [html.Label([html.Span("Norm of"), site])], graph("over-norms", height=280), graph_tools("over-norms", "batch-norms"), list(ABOUT_NORMS))
 
 
 def predictions_card(trace: Trace, asked: dict[str, str]) -> html.Section | None:
     """For the Logits page."""
-    return over_batch_card(trace, asked, html.Div(id="over-predictions", className="table-scroll"), [], list(ABOUT_PREDICTIONS))
+    return over_batch_card(trace, asked, [], html.Div(id="over-predictions", className="table-scroll"), [], list(ABOUT_PREDICTIONS))
 
 
 def _values(page: dict[str, Any], ready: dict[str, Any]) -> tuple[Trace, Row, dict[str, Moments]]:
