@@ -61,7 +61,8 @@ def _cards(trace: Trace, layer: int, head: int, metric: str, state: dict[str, st
         window_of(state.get("zoom"), trace.n_tokens),
         pin_of(state.get("pin"), trace),
     )
-    others = [token_card(as_choice(state.get("scope"), list(SCOPES), "head")), table_card(as_int(state.get("below"), 1, 0, 3)), head_scores_card(trace, state), detector_card(trace)]
+    token, table = token_card(as_choice(state.get("scope"), list(SCOPES), "head")), table_card(as_int(state.get("below"), 1, 0, 3))
+    others = [token, table, head_scores_card(trace, state), detector_card(trace)]
     # The grid of a deep model is as high as pattern and scores together; that of a shallow one leaves room for the scores under it.
     columns = ([grid], [pattern, scores]) if n_rows > DEEP else ([grid, scores], [pattern])
     stacks = [html.Div(stack, className="card-stack") for stack in columns]
