@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dash import Input, Output, State, callback, ctx, html, no_update, set_props
+from dash import Input, Output, State, callback, ctx, html, no_update
 
 from components.embedding_neighbours import shown_view
 from components.embedding_source import View
@@ -24,7 +24,7 @@ def drawn_view(page: dict[str, Any], spec: dict[str, Any] | None, webgl: bool | 
 
 
 @callback(
-    Output("emb-row", "data"),
+    Output("emb-row", "data"), Output("emb-position", "data"),
     Input("emb-clicked", "data"), Input("emb-choose", "data"), Input("emb-found", "data"), Input("position", "data"), Input("emb-ready", "data"), State("emb-row", "data"),
     State("emb-page", "data"), State("emb-points", "data"), State("emb-webgl", "data"),
 )  # fmt: skip
@@ -33,7 +33,7 @@ def choose(clicked: dict[str, Any] | None, named: dict[str, Any] | None, found: 
     """A click, a neighbour's name, a search or a token of the strip chooses a vector; a state of the open trace chooses its position too."""
     drawn = drawn_view(page, spec, webgl, found, row)
     if drawn is None:
-        return no_update
+        return no_update, no_update
     shown, numbers = drawn
     triggered = ctx.triggered_id
     if triggered == "emb-clicked" and clicked and drawn_points and clicked["key"] == drawn_points["key"] and 0 <= clicked["i"] < len(numbers):
@@ -48,9 +48,13 @@ def choose(clicked: dict[str, Any] | None, named: dict[str, Any] | None, found: 
         chosen = None
     of_trace = chosen is not None and shown.states is not None and page["trace"] and int(shown.states.trace[chosen]) == 0
     at = int(shown.states.position[chosen]) if of_trace and shown.states is not None and chosen is not None else None
-    if at is not None and at != position:
-        set_props("position", {"data": at})  # no Output: `position` is on every page, and Dash would run this where its inputs are not
-    return no_update if chosen == row else chosen
+    return (no_update if chosen == row else chosen), (no_update if at is None or at == position else at)
+
+
+@callback(Output("position", "data", allow_duplicate=True), Input("emb-position", "data"), prevent_initial_call=True)
+def follow(position: int | None):
+    """The token strip follows. On its own, since the strip is on other pages too, where the rest of `choose` does not exist."""
+    return no_update if position is None else position
 
 
 def _kept(shown: View, row: int | None, position: int | None, triggered: Any) -> int | None:

@@ -187,5 +187,5 @@ def cloud_tools(name: str) -> list[Any]:
 def cloud() -> html.Div:
     """The frame that assets/point_cloud.js fills."""
     words = "Points in the projection; the arrow keys move the view, plus and minus zoom, 0 shows all. The search and the table beside it say the same in words."
-    stores = [dcc.Store(id=name) for name in ("emb-points", "emb-colours", "emb-overlay", "emb-drawn", "emb-clicked")]
+    stores = [dcc.Store(id=name) for name in ("emb-points", "emb-colours", "emb-overlay", "emb-drawn", "emb-clicked", "emb-position")]
     return html.Div([*stores, html.Div(id="emb-cloud", className="cloud", tabIndex=0, role="application", **{"aria-label": words})], className="cloud-frame")

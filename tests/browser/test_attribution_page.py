@@ -89,6 +89,6 @@ def test_a_trace_of_some_layers_offers_the_capture_of_all(server, visit, page): 
     engine.close()
     some = Library.from_settings(load_settings(data_dir=trace.path.parent.parent)).add(path)
     page.goto(f"{address}/attribution?trace={some.id}")
-    page.get_by_text("Capture it").wait_for()
+    page.get_by_role("button", name="Capture attn_out").wait_for()
     assert "It needs attn_out" in page.locator(".state").inner_text()
     assert page.locator("#attr-token").count() == 0
