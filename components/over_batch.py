@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from dash import Input, Output, State, callback, dcc, html, no_update
+from dash import Input, Output, State, callback, ctx, dcc, html, no_update
 
 from backend.aggregates import Aggregates, Row
 from backend.analysis.aggregate import Moments
@@ -28,16 +28,20 @@ def groups_of(trace: Trace) -> dict[str, str]:
     known = {}
     batch = next((tag for tag in trace.tags if tag.startswith("batch:")), None)
     for value, words in ((batch, "this batch"), (f"category:{trace.category}" if trace.category else None, f"category {trace.category}")):
-        if value and (n := len(trace_ids(trace, value))) >= FEWEST:
-            known[value] = f"{words}, {n:,} traces"
+        if value and (n := services().library.count_traces(model=trace.info.name, **_filter(value))) >= FEWEST:
+            known[value] = f"{words}, {n:,} traces" + (f", the newest {MOST:,}" if n > MOST else "")
     return known
+
+
+def _filter(group: str) -> dict[str, str]:
+    """The library's filter for a group: a batch is found by the tag of its traces."""
+    kind, _, name = group.partition(":")
+    return {"search": group} if kind == "batch" else {"category": name}
 
 
 def trace_ids(trace: Trace, group: str) -> list[str]:
     """Oldest first, so that a group that grows keeps its beginning; of the same model under the same name."""
-    kind, _, name = group.partition(":")
-    of: dict[str, Any] = {"search": group} if kind == "batch" else {"category": name}
-    return [found.id for found in services().library.traces(model=trace.info.name, limit=MOST, **of)][::-1]
+    return [found.id for found in services().library.traces(model=trace.info.name, limit=MOST, **_filter(group))][::-1]
 
 
 def over_batch_card(trace: Trace, asked: dict[str, str], pickers: list[Any], body: Any, tools: list[Any], about: Any) -> html.Section | None:
@@ -63,10 +67,10 @@ def show_picker(asked: dict[str, str]) -> html.Label:
     return html.Label([html.Span("Show"), dcc.Dropdown(options, shown, id="over-show", clearable=False, searchable=False, className="picker-metric")])
 
 
-def trace_and_group(trace: Trace, group: str) -> tuple[Row, dict[str, Moments]]:
-    """The trace's statistics and the group's moments. Raises LayerscopeError where a row is missing."""
+def trace_and_group(trace: Trace, group: str, n: int) -> tuple[Row, dict[str, Moments]]:
+    """The trace's statistics and the moments of the group's first n traces: later ones may have no statistics yet. Raises LayerscopeError where a row is missing."""
     aggregates = Aggregates(services().derived)
-    ids = trace_ids(trace, group)
+    ids = trace_ids(trace, group)[:n]
     return aggregates.row(trace.id) or aggregates.put_row(trace), aggregates.over(ids, f"{group}:{trace.info.name}")
 
 
@@ -76,12 +80,15 @@ def trace_and_group(trace: Trace, group: str) -> tuple[Row, dict[str, Moments]]:
 )  # fmt: skip
 def find_group(group: str, job_id: str | None, _: Any, before: Any, page: dict[str, Any]):
     """Whether the statistics of all its traces are there; else the job that makes them."""
+    if ctx.triggered_id == "jobs-now" and (before or not job_id):
+        return (no_update,) * 3  # other jobs: nothing that is waited for here
     trace = services().library.open(page["trace"])
     if group not in groups_of(trace):
         return None, error("The group has fewer than three traces now."), True
-    missing = Aggregates(services().derived).missing(trace_ids(trace, group))
+    ids = trace_ids(trace, group)
+    missing = Aggregates(services().derived).missing(ids)
     if not missing:
-        data = {"group": group, "n": len(trace_ids(trace, group))}
+        data = {"group": group, "n": len(ids)}
         return (no_update,) * 3 if data == before else (data, None, False)
     job = job_or_none(job_id)
     if job is not None and job.is_active:

@@ -62,7 +62,7 @@ def predictions_card(trace: Trace, asked: dict[str, str]) -> html.Section | None
 
 def _values(page: dict[str, Any], ready: dict[str, Any]) -> tuple[Trace, Row, dict[str, Moments]]:
     trace = services().library.open(page["trace"])
-    return trace, *trace_and_group(trace, ready["group"])
+    return trace, *trace_and_group(trace, ready["group"], ready["n"])
 
 
 @callback(Output("over-heads", "figure"), Input("over-ready", "data"), Input("over-metric", "value"), Input("over-show", "value"), Input("theme", "data"),
