@@ -33,7 +33,7 @@ def groups_of(trace: Trace) -> dict[str, str]:
     return known
 
 
-def _filter(group: str) -> dict[str, str]:
+def _filter(group: str) -> dict[str, Any]:
     """The library's filter for a group: a batch is found by the tag of its traces."""
     kind, _, name = group.partition(":")
     return {"search": group} if kind == "batch" else {"category": name}

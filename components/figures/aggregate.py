@@ -70,8 +70,9 @@ def depth_bands(groups: Sequence[Group], unit: str, theme: str = "light") -> go.
 def with_trace(found: go.Figure, values: NDArray[np.floating], name: str, theme: str = "light") -> go.Figure:
     """One trace's values, (layer,), as a line over the bands of `depth_bands`."""
     colour = colours(theme)["ink"]
-    return found.add_trace(go.Scatter(x=np.arange(len(values), dtype=np.int32), y=compact(values), name=escape(name), mode="lines+markers", line={"color": colour, "width": 2},
-                                      marker={"size": 6, "symbol": "diamond"}, hovertemplate=f"{escape(name)}, layer %{{x}}<br>%{{y:.5g}}<extra></extra>"))  # fmt: skip
+    found.add_trace(go.Scatter(x=np.arange(len(values), dtype=np.int32), y=compact(values), name=escape(name), mode="lines+markers", line={"color": colour, "width": 2},
+                               marker={"size": 6, "symbol": "diamond"}, hovertemplate=f"{escape(name)}, layer %{{x}}<br>%{{y:.5g}}<extra></extra>"))  # fmt: skip
+    return found
 
 
 def _faint(colour: str) -> str:
