@@ -119,11 +119,11 @@ def test_every_control_of_a_page_has_a_name(path: str, opened):
     assert [each for each in nodes if not each["name"]] == []
 
 
-def test_a_dropdown_is_named_by_its_label_or_its_card(opened):
+def test_dropdowns_and_tools_are_named_by_their_label_or_their_card(opened):
     page = opened("/activations", site="attn_out")
     page.wait_for_function("() => document.querySelector('#norms-title').textContent === 'Norm of attn_out'")
     names = [each["name"] for each in accessible(page)]
-    assert "Site attn_out" in names and "Norm of attn_out Linear" in names, names
+    assert {"Site attn_out", "Norm of attn_out Linear", "About Norm of attn_out", "PNG Norm of attn_out", "Full screen Norm of attn_out"} <= set(names), names
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
