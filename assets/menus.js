@@ -34,7 +34,11 @@
         if (setter && !event.target.closest("a")) setValue(setter);
     });
     document.addEventListener("keydown", (event) => {
-        if (event.key === "Escape") closePopups(null);
+        if (event.key === "Escape") {
+            const around = event.target.closest("details.popup[open]");
+            closePopups(null);
+            if (around) around.querySelector("summary").focus();  // what had the focus is hidden now
+        }
         if ((event.key === "Enter" || event.key === " ") && event.target.matches("tr[data-set], tr[data-pos], tr[data-layer]")) {
             event.preventDefault();
             event.target.click();

@@ -63,7 +63,7 @@ def pattern_card(of: str, view: str, hide_first: bool, scale: str, window: list[
     )
     tools = [html.Button("Pin", id="pin-head", className="tool", title="Keep this head beside the next ones"), *graph_tools("pattern", "attention-pattern")]
     unpin = html.Button("Unpin", id="unpin-head", className="tool")
-    pinned_head = html.Div([html.H3("", id="pinned-title"), html.Div([unpin, *graph_tools("pinned", "attention-pinned")[:3]], className="card-tools")], className="pane-head")
+    pinned_head = html.Div([html.H3("", id="pinned-title"), html.Div([unpin, *graph_tools("pinned", "attention-pinned")[:4]], className="card-tools")], className="pane-head")
     current_head = html.Div(html.H3("Current"), className="pane-head pane-current")
     current = html.Div([current_head, html.Div(id="pattern-state"), html.Div(id="maps-progress", className="home-progress"), _graph("pattern")], className="pattern-pane")
     beside = html.Div([pinned_head, _graph("pinned")], id="pinned-pane", className="pattern-pane", hidden=True)

@@ -33,6 +33,7 @@ DEPTHS = {**{f"norm_{site}": f"Norm of {site}" for site in NORM_SITES}, "lens_kl
 _PREDICTIONS = {"logprob": "Log-prob, nats", "entropy": "Entropy, nats", "top1": "Most probable token right"}
 _MOST_TRACES = 2000
 
+ABOUT_GROUPS = "Two groups of traces of this model, of one category each or all together; every trace counts once. A trace's statistics are computed once and kept."
 ABOUT_HEADS = [
     html.P("The mean over prompts of each head's score, as the captures computed them; every prompt counts once, and prompts where a score does not exist are left out of it."),
     html.P("A − B: blue where B is larger, red where A is. The hover gives the standard error sqrt(s²_A/n_A + s²_B/n_B) (Welch 1947): a difference of less than "
@@ -73,7 +74,7 @@ def aggregate_cards(batch: Batch, asked: dict[str, str | None]) -> html.Div:
     metric = dcc.Dropdown(metrics, which if which in metrics else "previous", id="agg-metric", clearable=False, searchable=False, className="picker-metric")
     depth = dcc.Dropdown(DEPTHS, where if where in DEPTHS else "norm_resid_post", id="agg-depth", clearable=False, searchable=False, className="picker-site")
     choose = card("Groups", [pickers, html.Div(id="agg-state"), dcc.Store(id="agg-groups"), dcc.Store(id="agg-job")], "A category, or everything; a second one to compare with.",
-                  className="wide")  # fmt: skip
+                  about=ABOUT_GROUPS, className="wide")  # fmt: skip
     heads = card(html.Span("", id="agg-heads-title"), graph("agg-heads", height=330, className="fill"), html.Span("", id="agg-heads-words"),
                  [metric, *graph_tools("agg-heads", "aggregate-heads")], ABOUT_HEADS, className="fill")  # fmt: skip
     lines = card("Through depth", graph("agg-lines", height=330), "Mean over prompts; the band is one standard deviation.",

@@ -27,6 +27,7 @@ _MOST_KEYS = 256
 _NORM_SITES = ("resid_post", "attn_out", "mlp_out")
 _PAGES = {"Overview": "/trace", "Attention": "/attention", "Activations": "/activations", "Logit lens": "/lens"}
 
+ABOUT_STEPS = "Each step wrote one token. Its values are those of the position before that token, read from the trace, where prompt and answer were run together once."
 ABOUT_ROW = (
     "The attention probabilities of one head at the position that this step's token was chosen at: one bar for each token that could be looked at. They sum to 1.",
     f"Read from the trace, where prompt and answer were run together once. Beyond {_MOST_KEYS} tokens a bar is the largest of those it stands for.",
@@ -40,12 +41,14 @@ def result(trace: Trace, step: int, layer: int, head: int) -> list[Any]:
     n = trace.n_tokens - trace.n_prompt
     state = dcc.Store(id="page-state", data={"trace": trace.id, "position": trace.n_prompt - 1 + max(step - 1, 0)})
     if not n:
-        return [state, card("Nothing was written", empty("No token was kept", "The generation was stopped before its first token; the trace holds the prompt.", _links(trace)))]
+        return [state, card("Nothing was written", empty("No token was kept", "The generation was stopped before its first token; the trace holds the prompt.", _links(trace)),
+                            about=ABOUT_STEPS)]  # fmt: skip
     slider = dcc.Slider(1, n, 1, value=step, id="gen-step", marks=None, tooltip={"placement": "bottom"}, updatemode="drag", allow_direct_input=False)
     said = html.Div("", id="gen-step-said", className="step-said", role="status")
     facts = html.Span(f"{trace.n_prompt} prompt tokens and {n} new ones")
     strip = html.Div([said, slider, html.Div([facts, integrity_badge(trace), _links(trace)], className="step-links")], className="step-strip")
-    return [state, cards(card("Step by step", strip, "Drag, or click a token or use the arrow keys on the text above.", className="wide"), *_step_cards(trace, layer, head))]
+    steps = card("Step by step", strip, "Drag, or click a token or use the arrow keys on the text above.", about=ABOUT_STEPS, className="wide")
+    return [state, cards(steps, *_step_cards(trace, layer, head))]
 
 
 def _links(trace: Trace) -> html.Div:
@@ -69,7 +72,7 @@ def _step_cards(trace: Trace, layer: int, head: int) -> list[Any]:
         body, tools = graph("gen-attention", height=250), [_head_picker(trace, layer, head), *graph_tools("gen-attention", "attention-row")]
         row = card(html.Span("", id="gen-attention-title"), body, "Blue: the prompt. Orange: what was written before.", tools, list(ABOUT_ROW), className="wide")
     else:
-        row = card("Where a head looks", missing("attn_pattern", trace.id), className="wide")
+        row = card("Where a head looks", missing("attn_pattern", trace.id), about=list(ABOUT_ROW), className="wide")
     table = html.Div(id="gen-next", className="table-scroll table-tall")
     norms = graph("gen-depth", height=300, className="fill")
     return [

@@ -30,6 +30,10 @@ ABOUT = (
     "Shapes are in NumPy's order. A blue frame marks a node whose values a capture stores under the name of a site.",
 )  # fmt: skip
 
+ABOUT_FINDER = "Looks for the words in the names of nodes, of the tensors they read, of ops and of sites; a node that is found is centred and chosen."
+ABOUT_NODE = "The chosen node as it ran: its op and name, shape and type, what it reads and what reads it, and the site that a capture stores it under, if any."
+ABOUT_OPERATIONS = "How many nodes of the graph run each operation, under the engine's own names: ggml's op names, PyTorch's ATen operators. Views move no numbers."
+
 
 def graph_cards(graph: ModelGraph, unfolded: list[int], show: list[str]) -> html.Div:
     """The page's cards, with these blocks unfolded and these kinds of nodes (keys of SHOW) drawn."""
@@ -52,8 +56,8 @@ def graph_cards(graph: ModelGraph, unfolded: list[int], show: list[str]) -> html
     body = [controls, html.Div(canvas, className="graph-canvas", id="graph-frame"), legend(), dcc.Download(id="graph-download")]
     picture = card("Graph", body, said, tools, list(ABOUT), className="fill")
     search = dcc.Input(id="graph-find", placeholder="name, op or site", debounce=0.25, maxLength=200, className="text-input")
-    finder = card("Find a node", [search, html.Div(id="graph-found", className="node-results")])
-    panel = card("Node", html.Div(id="graph-panel"), className="fill")
+    finder = card("Find a node", [search, html.Div(id="graph-found", className="node-results")], about=ABOUT_FINDER)
+    panel = card("Node", html.Div(id="graph-panel"), about=ABOUT_NODE, className="fill")
     return html.Div([picture, html.Div([finder, panel, _operations(graph)], className="card-stack")], className="cards cards-wide-left")
 
 
@@ -61,7 +65,7 @@ def _operations(graph: ModelGraph) -> html.Section:
     counts = count_ops(graph)
     rows = [html.Tr([html.Td(op, className="mono wrap"), html.Td(f"{n:,}", className="num")]) for op, n in counts]
     table = html.Table([html.Thead(html.Tr([html.Th("Op"), html.Th("Nodes", className="num")])), html.Tbody(rows)], className="ls-table compact")
-    return card("Operations", html.Div(table, className="table-scroll table-ops"), f"{len(counts)} different ones, views included; {graph.version}.")
+    return card("Operations", html.Div(table, className="table-scroll table-ops"), f"{len(counts)} different ones, views included; {graph.version}.", about=ABOUT_OPERATIONS)
 
 
 @callback(Output("graph-found", "children"), Input("graph-find", "value"), State("graph-model", "value"))

@@ -56,7 +56,7 @@ def _table_row(columns: Mapping[str, NDArray[np.float32]], shown: Sequence[str],
     row, head = divmod(index, columns["sink"].shape[1])
     values = [html.Td(_shown(float(columns[name][row, head]), 4 if name == "mean" else 2), className="num") for name in shown]
     here: Any = {"data-layer": layers[row], "data-head": head}
-    return html.Tr([html.Td(f"{layers[row]}.{head}"), html.Td(str(head // share), className="num"), *values],
+    return html.Tr([html.Td(f"{layers[row]}.{head}"), html.Td(str(head // share), className="num"), *values], tabIndex=0,
                    className="chosen" if (layers[row], head) == chosen else "", **here)  # fmt: skip
 
 

@@ -43,7 +43,7 @@ def limit_asked(text: str | None, default: float) -> float:
 def outlier_card(trace: Trace, size: float, ratio: float, dimension: float) -> html.Section:
     """The card, with the limits to begin with; its callbacks need the stores `position`, `theme` and `page-state`."""
     if not trace.has("resid_post"):
-        return card("Massive activations and outlier dimensions", missing("resid_post", trace.id), className="wide")
+        return card("Massive activations and outlier dimensions", missing("resid_post", trace.id), about=list(ABOUT), className="wide")
     inputs = html.Div(
         [_number("|x| above", "outlier-size", size), _number("times the median", "outlier-ratio", ratio), _number("outlier dimension |x| ≥", "outlier-dimension", dimension)],
         className="controls outlier-limits",

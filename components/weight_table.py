@@ -50,6 +50,7 @@ def tensor_grid(report: WeightReport, chosen: int) -> dag.AgGrid:
     options = {
         "rowSelection": {"mode": "singleRow", "enableClickSelection": True, "checkboxes": False}, "rowHeight": 31, "headerHeight": 34, "suppressCellFocus": False,
         "tooltipShowDelay": 400, "animateRows": False, "enableCellTextSelection": True, "cacheQuickFilter": True, "suppressColumnVirtualisation": False,
+        "tabToNextCell": {"function": "false"},  # Tab leaves the grid, arrows move in it: cell by cell it would take thousands of presses to get past
     }  # fmt: skip
     return dag.AgGrid(id="weights-grid", columnDefs=columns, rowData=_rows(report), getRowId="params.data.id", selectedRows={"ids": [str(chosen)]}, dashGridOptions=options,
                       scrollTo={"rowId": str(chosen), "rowPosition": "middle"},

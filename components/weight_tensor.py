@@ -34,6 +34,7 @@ ABOUT_MAP = (
     "A cell that stands for several weights shows the one with the largest |w|, so no outlier is lost. Drag to zoom in: it is read again, until each cell is one weight. "
     "Double-click goes back to the whole matrix.",
 )  # fmt: skip
+ABOUT_NORMS = "The L2 norm, sqrt(Σ w²), of each row and of each column of the stored matrix, dequantized; a row or column far above the rest carries an outlier."
 ABOUT_SPECTRUM = (
     "Stable rank: ||W||_F² / σ₁² (Rudelson and Vershynin 2007). Effective rank: the exponential of the entropy of σ / Σσ (Roy and Vetterli 2007).",
     f"All singular values where the shorter side is at most {FULL_SIDE:,} (from the Gram matrix in float64; below about 1e-7 of the largest they are rounding). Else the "
@@ -176,7 +177,7 @@ def show_detail(chosen: int, index: int | None, _: Any, theme: str, page: dict[s
         return detail_missing(Matrix(tensor, index).shape)
     lines = norm_lines(detail.row_norms, detail.column_norms, axis_names(row), theme)
     norms = card("Norms of rows and columns", graph("weights-norms", 400, lines, className="fill"), "The L2 norm of each row and of each column.",
-                 graph_tools("weights-norms", "weight-norms"), className="fill")  # fmt: skip
+                 graph_tools("weights-norms", "weight-norms"), ABOUT_NORMS, className="fill")  # fmt: skip
     spectrum = detail.spectrum
     if spectrum is None:
         words, figure = "", no_figure(theme, "A matrix with NaN or infinite weights has no singular values.")

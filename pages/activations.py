@@ -18,6 +18,7 @@ from components.distribution_cards import RANGES, channel_card, distribution_car
 from components.figures.activations import norms_heatmap, statistics_lines, token_dimension_map
 from components.graph import graph, graph_tools
 from components.outlier_card import DEFAULTS, limit_asked, outlier_card
+from components.over_batch_views import norms_card
 from components.services import services
 from components.site_summary import largest_value, site_summary, statistics_table, viewable_sites
 from components.states import missing
@@ -56,7 +57,7 @@ def layout(trace: str | None = None, site: str | None = None, layer: str | None 
         if not viewable_sites(opened):
             return [missing("resid_post", opened.id)]
         limits = limit_asked(big, DEFAULTS.size), limit_asked(times, DEFAULTS.ratio), limit_asked(dim, DEFAULTS.dimension)
-        more = [distribution_card(as_choice(state.get("range"), list(RANGES), "whole")), outlier_card(opened, *limits), channel_card(opened, inputs)]
+        more = [norms_card(opened, state), distribution_card(as_choice(state.get("range"), list(RANGES), "whole")), outlier_card(opened, *limits), channel_card(opened, inputs)]
         return _cards(opened, as_choice(scale, ("linear", "log"), "linear"), chosen(opened)[0], more)
 
     def controls(opened: Trace) -> Any:
@@ -88,7 +89,8 @@ def _cards(trace: Trace, scale: str, site: str, more: list[Any]) -> list[Any]:
                  list(ABOUT_MAP), className="wide"),
             card("Through depth", graph("act-statistics", height=230), "The chosen layer is dotted.", graph_tools("act-statistics", "statistics"),
                  list(ABOUT_STATISTICS), className="wide"),
-            card("Statistics of each layer", html.Div(id="act-table", className="table-scroll table-tall"), html.Span("", id="act-bad"), className="wide"),
+            card("Statistics of each layer", html.Div(id="act-table", className="table-scroll table-tall"), html.Span("", id="act-bad"), about=list(ABOUT_STATISTICS),
+                 className="wide"),
             *more,
         )
     ]  # fmt: skip

@@ -36,6 +36,9 @@ ABOUT_PARTS = (
     "Parameters are the values that are stored, bytes what they take in the file with their quantization: a Q4_K value takes 4.5 bits. Tied means that embedding and unembedding "
     "are one stored matrix, counted once.",
 )  # fmt: skip
+ABOUT_SIZES = "The stored bytes of each kind of part, all blocks added up; the share is of the whole file's tensors. A tied matrix counts once."
+ABOUT_TENSORS = "The chosen part's tensors in one block, under the names of the file: shape, type and bytes as stored. A name opens the tensor's statistics."
+ABOUT_MODEL = "Counted from the tensors of the file and read from its metadata (GGUF header or config.json); nothing is run."
 ABOUT_METADATA = (
     "GGUF: every key of the header with the format's own type. Hugging Face: config.json, nested keys joined with dots. Lists are folded to their count and first items; "
     "long texts, such as a chat template, unfold. A template is shown as text and never run.",
@@ -85,13 +88,13 @@ def show_model(name: str | None, part: dict[str, str], asked: dict[str, str]):
         return error(str(problem))
     assert entry.info is not None, "_model gives no entry without info"
     picture = card("Parts", html.Div(id="arch-picture"), "Click a part to see its weights.", [full_screen_button()], list(ABOUT_PARTS), className="fill")
-    sizes = card("Where the bytes are", html.Div(size_table(anatomy), className="table-scroll"), "All blocks together.")
+    sizes = card("Where the bytes are", html.Div(size_table(anatomy), className="table-scroll"), "All blocks together.", about=ABOUT_SIZES)
     weights = [html.Div(id="arch-layer-field"), html.Div(id="arch-tensors", className="table-scroll table-tall")]
-    tensors = card(html.Span("", id="arch-title"), weights, html.Span("", id="arch-words"), className="fill")
+    tensors = card(html.Span("", id="arch-title"), weights, html.Span("", id="arch-words"), about=ABOUT_TENSORS, className="fill")
     search = dcc.Input(id="arch-search", value=asked["search"], placeholder="word in a key or value", debounce=0.25, maxLength=200, className="text-input")
     table = html.Div(id="arch-metadata", className="table-scroll table-metadata")
     metadata = card("Metadata", table, html.Span("", id="arch-keys"), [html.Div(search, className="metadata-search")], list(ABOUT_METADATA), className="wide")
-    right = html.Div([card("Model", facts(_facts(entry.info, anatomy))), sizes, tensors], className="card-stack")
+    right = html.Div([card("Model", facts(_facts(entry.info, anatomy)), about=ABOUT_MODEL), sizes, tensors], className="card-stack")
     return html.Div([picture, right, metadata], className="cards")
 
 

@@ -21,6 +21,7 @@ from components.attention_token import SCOPES, token_card
 from components.card import card
 from components.head_table import METRIC_TEXTS
 from components.heads import head_grid, head_picker
+from components.over_batch_views import head_scores_card
 from components.trace_view import trace_page
 from components.url_state import as_choice, as_int, keep_url
 
@@ -28,6 +29,10 @@ dash.register_page(__name__, path="/attention", name="Attention", order=3, icon=
 
 DEEP = 12  # layers
 REQUIRES = ("attn_pattern", "attn_thumbs")
+ABOUT_GRID = (
+    "Every head's pattern as a small picture: rows look at columns. It is made while capturing from the softmax of the scaled, masked scores; a dot is the largest value of the "
+    "cells it stands for, so no strong link is lost. Darker, in the dark theme lighter, is more attention."
+)
 
 
 def layout(trace: str | None = None, layer: str | None = None, head: str | None = None, metric: str | None = None, **state: str):
@@ -47,7 +52,7 @@ def layout(trace: str | None = None, layer: str | None = None, head: str | None 
 def _cards(trace: Trace, layer: int, head: int, metric: str, state: dict[str, str]) -> list[Any]:
     """The page's cards in the state that its link names."""
     n_rows = len(trace.result_attrs("attn_thumbs")["layers"])
-    grid, scores = card("All heads", head_grid(trace, layer, head), _groups(trace)), metric_card(metric, n_rows)
+    grid, scores = card("All heads", head_grid(trace, layer, head), _groups(trace), about=ABOUT_GRID), metric_card(metric, n_rows)
     pattern = pattern_card(
         as_choice(state.get("of"), list(OF_TITLES), "head"),
         as_choice(state.get("view"), list(VIEW_TITLES), "pattern"),
@@ -56,7 +61,8 @@ def _cards(trace: Trace, layer: int, head: int, metric: str, state: dict[str, st
         window_of(state.get("zoom"), trace.n_tokens),
         pin_of(state.get("pin"), trace),
     )
-    others = [token_card(as_choice(state.get("scope"), list(SCOPES), "head")), table_card(as_int(state.get("below"), 1, 0, 3)), detector_card(trace)]
+    token, table = token_card(as_choice(state.get("scope"), list(SCOPES), "head")), table_card(as_int(state.get("below"), 1, 0, 3))
+    others = [token, table, head_scores_card(trace, state), detector_card(trace)]
     # The grid of a deep model is as high as pattern and scores together; that of a shallow one leaves room for the scores under it.
     columns = ([grid], [pattern, scores]) if n_rows > DEEP else ([grid, scores], [pattern])
     stacks = [html.Div(stack, className="card-stack") for stack in columns]

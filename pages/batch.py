@@ -22,6 +22,8 @@ from components.url_state import as_int, keep_url
 dash.register_page(__name__, path="/batch", name="Batch", order=0.6, group="Run", icon="blocks", description="Run many prompts and compare them")
 
 _FORM = [State(f"batch-{name}", "value") for name in FIELDS]
+ABOUT_READ = "The prompts as they will be run, read by the server from the text or the file: their categories, the first of them, and columns that are ignored."
+ABOUT_NEW = "The prompts run as one job, one at a time: each becomes a trace of its own, so memory is that of the longest prompt. A batch that was stopped can go on."
 ABOUT_RESULTS = (
     "Log-prob: the mean log-probability, in nats, that the model gives to the prompt's own tokens, each from those before it; perplexity is exp of its negative. Entropy: "
     "the mean entropy of the predictions at the same positions, in nats. Generated tokens do not count.",
@@ -48,9 +50,9 @@ def _new(model: str | None) -> html.Div:
     known = services().batches.list()
     shown = batch_list(known) if known else empty("No batches yet", "A batch that was run appears here, with its results and statistics.", symbol="blocks")
     form = [batch_form(model), dcc.Location(id="batch-go", refresh="callback-nav")]
-    read = card("What was read", html.Div(id="batch-preview"), html.Span("", id="batch-preview-words"))
-    new = card("New batch", form, "One trace a prompt, one after another; the model is loaded once.")
-    return html.Div([_title("Run many prompts and compare them."), cards(new, read, card("Batches", shown, "Newest first.", className="wide"))], className="page")
+    read = card("What was read", html.Div(id="batch-preview"), html.Span("", id="batch-preview-words"), about=ABOUT_READ)
+    new = card("New batch", form, "One trace a prompt, one after another; the model is loaded once.", about=ABOUT_NEW)
+    return html.Div([_title("Run many prompts and compare them."), cards(new, read, card("Batches", shown, "Newest first.", about=ABOUT_NEW, className="wide"))], className="page")
 
 
 def _one(batch: Batch, page: str | None, asked: dict[str, str]) -> html.Div:
@@ -59,6 +61,7 @@ def _one(batch: Batch, page: str | None, asked: dict[str, str]) -> html.Div:
     resume = html.Button("Go on with the rest", id="batch-resume", className="btn btn-primary", type="button", hidden=True)
     progress = [html.Div(id="batch-progress"), html.Div(resume, className="form-foot batch-foot")]
     results = [html.Div(id="batch-results"), html.Div(id="batch-pages", className="form-foot batch-foot")]
+    prompts = card("Prompts", results, html.Span("", id="batch-words"), about=list(ABOUT_RESULTS))
     name = batch.name or f"batch {batch.id}"
     links = [
         dcc.Link("In the library", href=f"/library?search={batch.tag}", className="btn btn-outline-secondary"),
@@ -69,7 +72,7 @@ def _one(batch: Batch, page: str | None, asked: dict[str, str]) -> html.Div:
         [
             *stores,
             _title(name, links),
-            html.Div([card("Progress", progress, settings), card("Prompts", results, html.Span("", id="batch-words"), about=list(ABOUT_RESULTS))], className="card-stack"),
+            html.Div([card("Progress", progress, settings, about=ABOUT_NEW), prompts], className="card-stack"),
             aggregate_cards(batch, dict(asked)),
         ],
         className="page",

@@ -25,6 +25,13 @@ FIELDS = ("model", "prompt", "new", "preset", "sites", "native", "layers", "head
 _FORM = [State(f"run-{name}", "value") for name in FIELDS]
 RECENT = 8
 
+ABOUT_RUN = (
+    "The model runs over the prompt and writes its answer; then prompt and answer are run together once, and the values at the chosen sites are stored in one trace file. "
+    "The price is worked out beforehand from the model's shape and the number of tokens.",
+)
+ABOUT_MODELS = "Everything that can be run here. Layers, d_model and size are read from each file's metadata; no weights are loaded for this list."
+ABOUT_TRACES = "The newest traces. A trace is one run: tokens, predictions, stored sites, and the identities that were checked on it."
+
 
 def layout(model: str | None = None, prompt: str | None = None, sites: str | None = None, new: str | None = None, **_: str) -> html.Div:
     models = services().library.models()
@@ -36,9 +43,9 @@ def layout(model: str | None = None, prompt: str | None = None, sites: str | Non
     title = html.Div([html.H1("Home"), html.Span("Run a prompt and look inside the model.", className="page-subtitle")], className="page-title")
     recent = services().library.traces(limit=RECENT)
     traces = trace_table(recent, deletable=False) if recent else empty("No traces yet", "Every run is kept here as one trace. Press Run to make the first.")
-    found = card("Models", _model_table(models), "Click one to choose it. Presets, the models folder and the Hugging Face cache; nothing is downloaded.")
-    return html.Div([title, cards(card("Run a prompt", run, "One forward pass over the prompt and its answer, with every chosen site written down."), found,
-                     card("Recent traces", traces, className="wide"))], className="page")  # fmt: skip
+    found = card("Models", _model_table(models), "Click one to choose it. Presets, the models folder and the Hugging Face cache; nothing is downloaded.", about=ABOUT_MODELS)
+    return html.Div([title, cards(card("Run a prompt", run, "One forward pass over the prompt and its answer, with every chosen site written down.", about=list(ABOUT_RUN)), found,
+                     card("Recent traces", traces, about=ABOUT_TRACES, className="wide"))], className="page")  # fmt: skip
 
 
 def _model_table(models: list[ModelEntry]) -> html.Div:

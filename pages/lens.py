@@ -67,7 +67,8 @@ def _body(trace: Trace, choice: LensChoice, target: str) -> list[Any]:
     wide = {"minWidth": 70 + 58 * min(WINDOW, trace.n_tokens)}
     table = html.Div(html.Div(graph("lens-table", height=110 + 30 * n_rows), style=wide), className="table-scroll")
     guesses = card(html.Span("", id="guesses-title"), html.Div(id="lens-guesses", className="table-scroll table-tall"),
-                   "The best tokens of each row, with their probability; last, the rank of the token that follows.")  # fmt: skip
+                   "The best tokens of each row, with their probability; last, the rank of the token that follows.",
+                   about=list(ABOUT_TABLE))  # fmt: skip
     depth = card("Towards the answer", graph("lens-depth", height=300, className="fill"), html.Span("", id="depth-subtitle"), graph_tools("lens-depth"),
                  list(ABOUT_TABLE), className="fill")  # fmt: skip
     of = {"resid_post": "each layer", "result": f"each head of layer {choice.layer}"}.get(choice.site, f"{choice.site} at each layer")

@@ -17,6 +17,7 @@ from components.url_state import as_int, keep_url
 dash.register_page(__name__, path="/library", name="Library", order=1, group="Run", icon="library", description="Every trace that was made here")
 
 PAGE_SIZE = 50
+ABOUT = "One row a run. Search looks into prompt, answer, model and tags; a category is what a run or a batch was given. Deleting a trace deletes its file."
 
 
 def layout(search: str = "", model: str | None = None, category: str | None = None, page: str | None = None, **_: str) -> html.Div:
@@ -32,7 +33,7 @@ def layout(search: str = "", model: str | None = None, category: str | None = No
     stores = [dcc.Store(id="delete-trace"), dcc.Store(id="library-page", data={"value": page or "0"})]
     body = [filters, *stores, html.Div(id="library-list"), html.Div(id="library-pages", className="form-foot")]
     title = html.Div([html.H1("Library"), html.Span(id="library-count", className="page-subtitle")], className="page-title")
-    return html.Div([title, card("Traces", body, "Newest first.")], className="page")
+    return html.Div([title, card("Traces", body, "Newest first.", about=ABOUT)], className="page")
 
 
 def _search_box(search: str) -> dcc.Input:

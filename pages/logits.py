@@ -15,6 +15,7 @@ from components.figures.logits import PositionCurves, prediction_lines, top_bars
 from components.follow_token import position_in
 from components.graph import graph, graph_tools
 from components.logits_table import UNITS, prediction_table, totals_table
+from components.over_batch_views import predictions_card
 from components.position_table import block_of, block_words
 from components.services import services
 from components.token_label import predicted_label, token_label, token_labels
@@ -48,7 +49,7 @@ ABOUT_TABLE = (
 def layout(trace: str | None = None, unit: str | None = None, k: str | None = None, colour: str | None = None, **state: str):
     def build(opened: Trace) -> list[Any]:
         at = as_int(state.get("pos"), opened.n_prompt - 1, 0, opened.n_tokens - 1)
-        return _cards(opened, as_choice(unit, list(UNITS), "nats"), min(KS, key=lambda n: abs(n - as_int(k, 10, 1, 20))), at)
+        return [*_cards(opened, as_choice(unit, list(UNITS), "nats"), min(KS, key=lambda n: abs(n - as_int(k, 10, 1, 20))), at), predictions_card(opened, state)]
 
     controls = _controls(as_choice(unit, list(UNITS), "nats"), as_choice(colour, list(METRICS), "surprise"))
     return trace_page(__name__, trace, REQUIRES, state, build, "What each position predicted, and how it fared.", controls)

@@ -33,6 +33,9 @@ ABOUT_INTEGRITY = (
     "Quantized kernels round inside a matrix product, so their tolerances are wider; each is stated.",
 )
 
+ABOUT_TOP = "The most probable next tokens at the chosen position: softmax of the logits that the engine computed, over the whole vocabulary; as many as the trace stores."
+ABOUT_MADE = "Model, engine and settings as they were written into the trace file, with the times that each stage took."
+
 
 def layout(trace: str | None = None, **state: str) -> html.Div:
     def build(opened: Trace) -> list[Any]:
@@ -45,9 +48,9 @@ def _cards(trace: Trace, at: int) -> list[Any]:
     table = html.Div(position_table(trace, at), id="positions", className="table-scroll table-fill")
     words = html.Span(block_words(trace, at), id="positions-words")
     positions = card("Positions", [table, dcc.Store(id="positions-start", data=block_of(at))], words, about=ABOUT_POSITIONS, className="tall")
-    chosen = card(html.Span("", id="top-title"), html.Div(id="top-list"), html.Span("", id="top-subtitle"))
+    chosen = card(html.Span("", id="top-title"), html.Div(id="top-list"), html.Span("", id="top-subtitle"), about=ABOUT_TOP)
     integrity = card("Integrity", html.Div(integrity_table(trace), className="table-scroll"), "What was checked, and how closely it holds.", about=ABOUT_INTEGRITY)
-    made = card("How it was made", _metadata(trace), "Everything needed to run it again.")
+    made = card("How it was made", _metadata(trace), "Everything needed to run it again.", about=ABOUT_MADE)
     return [html.Div([positions, chosen, made, integrity], className="cards cards-wide-left")]
 
 

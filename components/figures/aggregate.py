@@ -22,12 +22,16 @@ class Group:
     count: NDArray[np.integer]
 
 
-def head_aggregate(group: Group, title: str, limit: float | None = None, signed: bool = False, theme: str = "light") -> go.Figure:
-    """One metric of every head over a group of prompts. group: (layer, head); limit: top of the colour scale (None: the largest); signed: a difference."""
+def head_aggregate(group: Group, title: str, limit: float | None = None, signed: bool = False, theme: str = "light",
+                   spread_is: str = "") -> go.Figure:  # fmt: skip
+    """One metric of every head over a group of prompts. group: (layer, head); limit: top of the colour scale (None: the largest); signed: a difference.
+
+    spread_is: what the hover calls the spread; without it the standard deviation, of a difference the standard error.
+    """
     shown = compact(group.mean)
     finite = np.abs(shown[np.isfinite(shown)])
     top = float(finite.max()) if len(finite) and (signed or limit is None) else limit or 1.0
-    word = "standard error" if signed else "standard deviation"
+    word = spread_is or ("standard error" if signed else "standard deviation")
     sign = "+" if signed else ""
     hovers = np.array([[f"head {layer}.{head}<br>{escape(title)} {shown[layer, head]:{sign}.4f}<br>{word} {group.spread[layer, head]:.4f}<br>{group.count[layer, head]:,} prompts"
                         for head in range(shown.shape[1])] for layer in range(shown.shape[0])], dtype=object)  # fmt: skip
@@ -60,6 +64,14 @@ def depth_bands(groups: Sequence[Group], unit: str, theme: str = "light") -> go.
     n_layers = max((len(group.mean) for group in groups), default=1)
     found.update_xaxes(title="layer", dtick=max(1, n_layers // 12), zeroline=False)
     found.update_yaxes(title=unit, nticks=6)
+    return found
+
+
+def with_trace(found: go.Figure, values: NDArray[np.floating], name: str, theme: str = "light") -> go.Figure:
+    """One trace's values, (layer,), as a line over the bands of `depth_bands`."""
+    colour = colours(theme)["ink"]
+    found.add_trace(go.Scatter(x=np.arange(len(values), dtype=np.int32), y=compact(values), name=escape(name), mode="lines+markers", line={"color": colour, "width": 2},
+                               marker={"size": 6, "symbol": "diamond"}, hovertemplate=f"{escape(name)}, layer %{{x}}<br>%{{y:.5g}}<extra></extra>"))  # fmt: skip
     return found
 
 
