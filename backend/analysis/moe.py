@@ -22,8 +22,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import logsumexp
 
-from backend.errors import LayerscopeError
-
 Counts = Mapping[int, float] | Sequence[float] | NDArray[Any]
 Indices = NDArray[np.integer[Any]]
 
@@ -94,31 +92,31 @@ class Repeats:
 
 
 def expert_counts(indices: Indices, n_experts: int) -> NDArray[np.int64]:
-    """(expert,) how often each expert was chosen. Raises LayerscopeError for an index that is no expert."""
+    """(expert,) how often each expert was chosen. Raises ValueError for an index that is no expert."""
     flat = np.asarray(indices).ravel()
     if flat.size and not 0 <= int(flat.min()) <= int(flat.max()) < n_experts:
-        raise LayerscopeError(f"Expert {int(flat.min() if flat.min() < 0 else flat.max())} is outside 0-{n_experts - 1}.")
+        raise ValueError(f"Expert {int(flat.min() if flat.min() < 0 else flat.max())} is outside 0-{n_experts - 1}.")
     return np.bincount(flat, minlength=n_experts).astype(np.int64)
 
 
 def as_counts(counts: Counts, n_experts: int | None = None) -> NDArray[np.float64]:
     """(expert,) float64; of a mapping, experts that are not named are zero. n_experts None: up to the largest named.
 
-    Raises LayerscopeError for negative or infinite counts, names that are no expert, or no expert at all.
+    Raises ValueError for negative or infinite counts, names that are no expert, or no expert at all.
     """
     if isinstance(counts, Mapping):
         size = n_experts if n_experts is not None else max((int(e) for e in counts), default=-1) + 1
         values = np.zeros(size)
         for expert, count in counts.items():
             if not 0 <= int(expert) < size:
-                raise LayerscopeError(f"Expert {expert} is outside 0-{size - 1}.")
+                raise ValueError(f"Expert {expert} is outside 0-{size - 1}.")
             values[int(expert)] = count
     else:
         values = np.asarray(counts, dtype=np.float64).ravel()
     if n_experts is not None and len(values) != n_experts:
-        raise LayerscopeError(f"There are counts of {len(values)} experts, and {n_experts} experts.")
+        raise ValueError(f"There are counts of {len(values)} experts, and {n_experts} experts.")
     if not len(values) or not np.isfinite(values).all() or (values < 0).any():
-        raise LayerscopeError("Counts of experts must be finite numbers, none below 0, of one expert at least.")
+        raise ValueError("Counts of experts must be finite numbers, none below 0, of one expert at least.")
     return values
 
 
@@ -227,7 +225,7 @@ def specialisation(indices: Indices, labels: Sequence[Hashable], n_experts: int)
     (label, expert) the share of the label's tokens that chose the expert. Each row sums to k. labels: one for each token.
     """
     if len(labels) != len(indices):
-        raise LayerscopeError(f"There are {len(labels)} labels for {len(indices)} tokens.")
+        raise ValueError(f"There are {len(labels)} labels for {len(indices)} tokens.")
     names: dict[Hashable, int] = {}
     rows = np.array([names.setdefault(label, len(names)) for label in labels], dtype=np.int64)
     n = np.bincount(rows, minlength=len(names))

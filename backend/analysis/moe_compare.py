@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from scipy.special import rel_entr
 
 from backend.analysis.moe import Counts, Indices, as_counts, shares
-from backend.errors import LayerscopeError
 
 
 @dataclass(frozen=True)
@@ -57,10 +56,10 @@ def similarity(a: Counts, b: Counts, n_experts: int | None = None) -> Similarity
 
 
 def changed(a: Indices, b: Indices) -> Change:
-    """What changed between two routings (pos, k) of the same tokens at the same layer. Raises LayerscopeError where their shapes differ."""
+    """What changed between two routings (pos, k) of the same tokens at the same layer. Raises ValueError where their shapes differ."""
     a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape:
-        raise LayerscopeError(f"Routings of {a.shape[0]} tokens x {a.shape[1]} experts and of {b.shape[0]} x {b.shape[1]} cannot be compared token by token.")
+        raise ValueError(f"Routings of {a.shape[0]} tokens x {a.shape[1]} experts and of {b.shape[0]} x {b.shape[1]} cannot be compared token by token.")
     kept = (a[:, :, None] == b[:, None, :]).any(axis=2)
     slots = float(1 - kept.mean()) if kept.size else math.nan
     return Change(~kept.all(axis=1), a[:, 0] != b[:, 0], slots)
