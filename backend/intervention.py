@@ -62,7 +62,7 @@ class Intervention:
         if site in NOT_EDITABLE:
             raise LayerscopeError(f"Site {site!r} cannot be edited; edit the values it is computed from.")
         if self.op == "mask" and (site not in ("router_logits", "router_probs") or self.dim is None):
-            raise LayerscopeError(f"Edit 'mask' takes experts out of the choice of a router: it is for router_logits and router_probs, with the experts as dim, not for {site!r} as given.")
+            raise LayerscopeError(f"Edit 'mask' takes experts out of the choice of a router: it is for router_logits and router_probs, with experts as dim, not for {site!r}.")
         if self.op in ("set", "add", "scale", "noise") and self.value is None:
             raise LayerscopeError(f"Edit {self.op!r} of {site!r} needs a value.")
         if not SITES[site].per_layer:
