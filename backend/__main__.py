@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from backend.commands import batch, generate, quantization, weights
+from backend.commands import batch, generate, moe, quantization, weights
 from backend.commands.attribution import attribute
 from backend.commands.graph import graph
 from backend.errors import LayerscopeError
@@ -252,6 +252,7 @@ def _register(path: Any) -> None:
 generate.register(app, _Bar, _register)
 batch.register(app, _Bar, _settings)
 weights.register(app, _Bar)
+moe.register(app, _Bar, _settings, _register)
 quantization.register(app, _Bar)
 
 

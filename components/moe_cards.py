@@ -40,8 +40,8 @@ ABOUT_REPEATS = (
     "first choice and 1 − C(E−k, k) / C(E, k) for any of the k: 12.5 % and 46 % for 2 of 8.",
 )  # fmt: skip
 ABOUT_MARGIN = (
-    "The lowest score among the chosen experts less the highest among the others: how near the choice was to another. At 0 two experts tie, and the order in which the engine sorts "
-    "them decides. Scores are stored in the trace's precision, which can round a near tie to a tie.",
+    "The lowest score among the chosen experts less the highest among the others: how near the choice was to another. At 0 two experts tie, and the engine's sort decides. "
+    "Scores are stored in the trace's precision, which can round a near tie to a tie.",
     "Below 0 the choice was not by these scores alone: DeepSeek chooses groups of experts first, or adds a correction.",
 )  # fmt: skip
 ABOUT_TOKENS = (
@@ -49,7 +49,8 @@ ABOUT_TOKENS = (
     "is always 100 %.",
 )  # fmt: skip
 ABOUT_COMPARE = (
-    "For the same tokens: the share of tokens whose set of k experts differs, and whose first choice does. For any two traces: cosine, Pearson correlation and Jensen-Shannon "
+    "For the same tokens: the share of tokens whose set of k experts differs (experts), whose first choice does, and the share of all tokens × k choices that the other trace "
+    "did not make. For any two traces: cosine, Pearson correlation and Jensen-Shannon "
     "divergence (nats, at most ln 2) of how often each expert was chosen.",
     "From the second layer with experts on, other experts are also chosen because the layers before gave other values.",
 )  # fmt: skip
@@ -63,14 +64,16 @@ def moe_cards(n_layers: int, n_experts: int, others: list[dict[str, str]], again
         cards(
             card("Load of the experts", graph("moe-load", height=rows), "One row a layer, one column an expert. Click a cell to choose its layer.",
                  graph_tools("moe-load", "expert-load"), list(ABOUT_LOAD), className="wide"),
-            card("First expert of every token", graph("moe-map", height=rows), html.Span("", id="moe-map-said"), graph_tools("moe-map", "routing"), list(ABOUT_MAP), className="wide"),
+            card("First expert of every token", graph("moe-map", height=rows), html.Span("", id="moe-map-said"), graph_tools("moe-map", "routing"), list(ABOUT_MAP),
+                 className="wide"),
             card(html.Span("", id="moe-strip-title"), [html.Div(id="moe-strip", className="moe-strip"), html.Div(id="moe-legend", className="moe-legend")],
                  html.Span("", id="moe-strip-said"), className="wide"),
             card("Router probabilities", graph("moe-probs", height=140 + min(22 * n_experts, 420)), html.Span("", id="moe-probs-said"),
                  graph_tools("moe-probs", "router-probabilities"), list(ABOUT_PROBS), className="wide"),
             card("Measures of each layer", html.Div(id="moe-measures", className="table-scroll table-tall"), html.Span("", id="moe-measures-said"), (), list(ABOUT_MEASURES),
                  className="wide"),
-            card("Chosen together", graph("moe-together", height=square), html.Span("", id="moe-together-said"), graph_tools("moe-together", "co-activation"), list(ABOUT_TOGETHER)),
+            card("Chosen together", graph("moe-together", height=square), html.Span("", id="moe-together-said"), graph_tools("moe-together", "co-activation"),
+                 list(ABOUT_TOGETHER)),
             card("From layer to layer", graph("moe-next", height=square), html.Span("", id="moe-next-said"), graph_tools("moe-next", "expert-transitions"), list(ABOUT_NEXT)),
             card("Experts kept from token to token", graph("moe-repeats", height=280), "Dashed: random choice. The chosen layer is dotted.",
                  graph_tools("moe-repeats", "repeated-experts"), list(ABOUT_REPEATS)),

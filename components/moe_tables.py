@@ -11,9 +11,9 @@ from dash import html
 from numpy.typing import NDArray
 
 from backend.analysis.moe import Routing
+from backend.reports.routing import LayerComparison, overall
 from backend.trace import Trace
 from components.figures.moe import choices, expert_colours
-from components.moe_values import LayerComparison, overall
 
 TOKENS_SHOWN = 100
 
@@ -67,7 +67,7 @@ def token_table(labels: Sequence[str], n: NDArray[np.integer], share: NDArray[np
 
 def alike_table(found: Sequence[LayerComparison], chosen: int) -> html.Table:
     """One row a layer: change token by token, and similarity of the loads."""
-    titles = ("Other experts", "Other first choice", "Choices not shared", "Cosine", "Pearson", "Jensen-Shannon, nats")
+    titles = ("Experts", "First choice", "Choices", "Cosine", "Pearson", "JS, nats")
     head = html.Tr([html.Th("Layer"), *(html.Th(title, className="num") for title in titles)])
     rows = []
     for each in found:
@@ -80,7 +80,7 @@ def alike_table(found: Sequence[LayerComparison], chosen: int) -> html.Table:
 
 def compared_words(trace: Trace, other: Trace, found: Sequence[LayerComparison]) -> str:
     """The comparison in one sentence."""
-    share = overall(list(found))
+    share = overall(found)
     mean = float(np.nanmean([each.alike.cosine for each in found]))
     names = f"{trace.info.name} and {other.info.name}"
     if share is None:

@@ -10,6 +10,7 @@ from dash import Input, Output, State, callback, dcc, html, no_update
 
 from backend.analysis import moe
 from backend.errors import LayerscopeError
+from backend.reports.routing import compare, routing_layers
 from backend.trace import Trace
 from components import moe_values as values
 from components.figures import moe as figures
@@ -30,10 +31,10 @@ def layout(trace: str | None = None, layer: str | None = None, against: str | No
     def build(opened: Trace) -> list[Any]:
         others = values.others(opened)
         known = against if any(each["value"] == against for each in others) else values.NONE
-        return moe_cards(len(values.routing_layers(opened)), opened.info.n_experts, others, str(known))
+        return moe_cards(len(routing_layers(opened)), opened.info.n_experts, others, str(known))
 
     def controls(opened: Trace) -> Any:
-        layers = values.routing_layers(opened)
+        layers = routing_layers(opened)
         asked = as_int(layer, layers[len(layers) // 2], 0, opened.info.n_layers - 1)
         options: Any = [{"label": str(each), "value": each} for each in layers]
         pick = dcc.Dropdown(options, asked if asked in layers else layers[0], id="moe-layer", clearable=False, searchable=False, className="picker-narrow")
@@ -122,7 +123,7 @@ def show_pairs(layer: int, theme: str, page: dict[str, Any]):
         together = figures.expert_pairs(moe.co_activation_share(indices, n), counts, "expert", "also expert", "share of the row's tokens", theme)
     else:
         together = no_figure(theme, "Each token has one expert only.")
-    later = [each for each in values.routing_layers(trace) if each > layer]
+    later = [each for each in routing_layers(trace) if each > layer]
     if not later:
         return together, f"Layer {layer}.", no_figure(theme, "No layer with experts follows."), f"From layer {layer}."
     moved = moe.transitions(indices, trace["expert_indices", later[0]], n)
@@ -143,13 +144,12 @@ def show_comparison(against: str, layer: int, theme: str, page: dict[str, Any]):
         return waiting, "", "Choose another trace of a model with as many experts: another prompt, another quantization, or another engine.", True
     try:
         other = services().library.open(against)
-        found = values.compare(trace, other)
+        found = compare(trace, other)
     except LayerscopeError as problem:
         return waiting, "", str(problem), True
-    changes = [each for each in found if each.change is not None]
+    changes = [(each.layer, each.change.share, each.change.first.mean()) for each in found if each.change is not None]
     if changes:
-        parts = [np.array([each.change.share for each in changes]), np.array([each.change.first.mean() for each in changes])]
-        waiting = figures.change_lines([each.layer for each in changes], parts[0], parts[1], layer, theme)
+        waiting = figures.change_lines([at for at, _, _ in changes], np.array([share for _, share, _ in changes]), np.array([first for _, _, first in changes]), layer, theme)
     return waiting, alike_table(found, layer), compared_words(trace, other, found), False
 
 
@@ -159,12 +159,12 @@ def open_place(click: dict[str, Any] | None, position: int | None, page: dict[st
     if not click:
         return no_update, no_update
     trace, point = services().library.open(page["trace"]), click["points"][0]
-    return values.routing_layers(trace)[int(point["y"])], values.window(trace, position_in(trace, position))[0] + int(point["x"])
+    return routing_layers(trace)[int(point["y"])], values.window(trace, position_in(trace, position))[0] + int(point["x"])
 
 
 @callback(Output("moe-layer", "value", allow_duplicate=True), Input("moe-load", "clickData"), State("page-state", "data"), prevent_initial_call=True)
 def open_layer(click: dict[str, Any] | None, page: dict[str, Any]):
-    return values.routing_layers(services().library.open(page["trace"]))[int(click["points"][0]["y"])] if click else no_update
+    return routing_layers(services().library.open(page["trace"]))[int(click["points"][0]["y"])] if click else no_update
 
 
 def _labels(trace: Trace, start: int, stop: int) -> list[str]:
