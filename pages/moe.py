@@ -16,22 +16,23 @@ from components import moe_values as values
 from components.figures import moe as figures
 from components.figures.theme import no_figure
 from components.follow_token import position_in
+from components.moe_ablation import MEASURES, ablation_card
 from components.moe_cards import moe_cards
 from components.moe_tables import alike_table, compared_words, legend, measures_table, strip, token_table
 from components.services import services
 from components.token_label import token_labels
 from components.trace_view import trace_page
-from components.url_state import as_int, keep_url
+from components.url_state import as_choice, as_int, keep_url
 
 dash.register_page(__name__, path="/moe", name="MoE routing", order=4.8, icon="blocks", description="Which experts served which token")
 
 REQUIRES = ("expert_indices",)
 
-def layout(trace: str | None = None, layer: str | None = None, against: str | None = None, **state: str):
+def layout(trace: str | None = None, layer: str | None = None, against: str | None = None, effect: str | None = None, **state: str):
     def build(opened: Trace) -> list[Any]:
         others = values.others(opened)
         known = against if any(each["value"] == against for each in others) else values.NONE
-        return moe_cards(len(routing_layers(opened)), opened.info.n_experts, others, str(known))
+        return moe_cards(len(routing_layers(opened)), opened.info.n_experts, others, str(known), ablation_card(opened, as_choice(effect, list(MEASURES), "nll")))
 
     def controls(opened: Trace) -> Any:
         layers = routing_layers(opened)
@@ -188,4 +189,4 @@ def _margin_words(layer: int, margins: Any, ties: list[tuple[int, list[int]]]) -
     return words + f" {len(ties):,} {'tie' if len(ties) == 1 else 'ties'} ({names}{', …' if len(ties) > 3 else ''})."
 
 
-keep_url({"layer": ("moe-layer", "value"), "against": ("moe-against", "value")})
+keep_url({"layer": ("moe-layer", "value"), "against": ("moe-against", "value"), "effect": ("moe-effect-measure", "value")})

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+from scipy.special import log_softmax
 
 from backend.engines import OpenOptions, Request, never_stop, open_engine
 from backend.errors import LayerscopeError
+from backend.experiments.experts import sweep
 from backend.intervention import Intervention, ablate_experts
 
 PROMPT = "Mary gave the book to John, and John gave the key to Mary."
@@ -78,3 +80,33 @@ def test_a_mask_that_makes_no_sense_is_refused(tiny_mixtral):
             ablate_experts(engine.places, 9, 0)
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("form", ["hf", "gguf"])
+def test_a_sweep_measures_every_expert_and_unused_ones_do_nothing(tiny_mixtral, form):
+    engine = open_engine(getattr(tiny_mixtral, form), OpenOptions(device="cpu", n_gpu_layers=0, kv_cache="f32", n_threads=1))
+    try:
+        ids = engine.tokenize(PROMPT)[:5]  # few tokens, so that some expert serves none
+        clean = run(engine, ids)
+        layers, found = sweep(engine, ids)
+        assert layers == [0, 1, 2] and found.shape == (3, 3, 5)
+        by_hand = run(engine, ids, [ablate_experts(engine.places, 1, 3)])["logits", None]
+    finally:
+        engine.close()
+    used = np.stack([np.isin(np.arange(5), clean["expert_indices", layer]) for layer in layers])
+    assert not used.all()
+    assert (found[1][used] > 1e-6).all() and (np.abs(found[:, ~used]) < 1e-6).all()
+    p, q = log_softmax(clean["logits", None], axis=-1), log_softmax(by_hand, axis=-1)
+    following = np.array(ids[1:])
+    expected = (p - q)[np.arange(len(following)), following].mean(), (np.exp(p) * (p - q)).sum(-1).mean(), (p.argmax(-1) != q.argmax(-1)).mean()
+    np.testing.assert_allclose(found[:, 1, 3], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_sweep_of_a_dense_model_or_one_token_is_refused(tiny_llama, tiny_mixtral):
+    for tiny, ids, message in ((tiny_llama, [5, 6], "has no experts"), (tiny_mixtral, [5], "needs two tokens")):
+        engine = open_engine(tiny.hf, OpenOptions())
+        try:
+            with pytest.raises(LayerscopeError, match=message):
+                sweep(engine, ids)
+        finally:
+            engine.close()

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from backend.analysis.moe import Repeats, Routing
-from components.figures.theme import LINES, colours, compact, escape, figure, number, scale_bar, sequential, token_ticks, with_names, with_scale
+from components.figures.theme import LINES, colours, compact, diverging, escape, figure, number, scale_bar, sequential, token_ticks, with_names, with_scale
 
 _FEW = 8  # so many experts get hues that are evenly apart; more also alternate in lightness
 
@@ -136,6 +136,19 @@ def margin_bars(margins: NDArray[np.floating], labels: Sequence[str], start: int
     found.update_xaxes(tickangle=-45, showgrid=False, zeroline=False, **token_ticks(labels, 28))
     found.update_yaxes(title=f"margin, {unit}", nticks=6, zeroline=True)
     return with_names(found, [f"{start + i} {label}" for i, label in enumerate(labels)])
+
+
+def effect_heatmap(values: NDArray[np.floating], layers: Sequence[int], unit: str, theme: str = "light") -> go.Figure:
+    """What taking out each expert did: red where it made things worse, blue where better. values: (layer, expert)."""
+    limit = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 1.0
+    hovers = [[f"layer {layer}, expert {e}<br>{number(float(values[i, e]))} {escape(unit)}" for e in range(values.shape[1])] for i, layer in enumerate(layers)]
+    cells = go.Heatmap(z=compact(values), customdata=hovers, hovertemplate="%{customdata}<extra></extra>", zmid=0, zmin=-(limit or 1.0), zmax=limit or 1.0, xgap=1, ygap=1,
+                       name=unit, colorscale=diverging(theme), colorbar=scale_bar(nticks=4, tickformat=".2~g"))  # fmt: skip
+    found = figure(theme, cells, plot_bgcolor=colours(theme)["line"])
+    found.update_xaxes(title="expert taken out", side="top", showgrid=False, zeroline=False, dtick=max(1, values.shape[1] // 32))
+    _layer_axis(found, layers)
+    with_names(found, [f"expert {e}" for e in range(values.shape[1])], [f"L{layer}" for layer in layers])
+    return with_scale(found, unit, theme)
 
 
 def change_lines(layers: Sequence[int], changed: NDArray[np.floating], first: NDArray[np.floating], chosen: int, theme: str = "light") -> go.Figure:

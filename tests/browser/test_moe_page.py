@@ -94,7 +94,8 @@ def test_the_page_shows_the_routing_of_the_trace(moe_server, opened):
 def test_a_click_on_the_map_chooses_layer_and_token_and_a_reload_gives_the_same_view(moe_server, opened):
     trace = moe_server[1]
     page = opened(trace, layer=1)
-    page.evaluate("() => document.querySelector('#moe-map .js-plotly-plot').emit('plotly_click', {points: [{x: 4, y: 2, curveNumber: 0, pointNumber: [2, 4], data: {}}], event: {}})")
+    point = "{x: 4, y: 2, curveNumber: 0, pointNumber: [2, 4], data: {}}"
+    page.evaluate(f"() => document.querySelector('#moe-map .js-plotly-plot').emit('plotly_click', {{points: [{point}], event: {{}}}})")
     page.wait_for_function("() => document.querySelector('#moe-strip-title').textContent === 'Experts of layer 2'")
     page.wait_for_function("() => new URL(location).searchParams.get('layer') === '2' && new URL(location).searchParams.get('pos') === '4'")
     page.reload()
@@ -112,6 +113,22 @@ def test_two_traces_are_compared_token_by_token(moe_server, opened):
     assert f"chose other experts for {overall(found):.1%} of {trace.n_tokens} tokens" in page.locator("#moe-sentence").inner_text()
     assert page.locator("#moe-alike tr.chosen td").nth(1).inner_text() == f"{routed.mean():.1%}"
     assert query_of(page)["against"] == cut.id
+
+
+def test_the_sweep_over_all_experts_is_run_by_a_job_and_drawn(moe_server, opened):
+    from backend.engines import OpenOptions, open_engine
+    from backend.experiments.experts import sweep
+
+    trace = moe_server[1]
+    page = opened(trace, layer=1)
+    page.locator("#moe-sweep").click()
+    page.wait_for_function("() => document.querySelectorAll('#moe-ranked tbody tr').length > 0")
+    engine = open_engine(trace.info.source, OpenOptions())
+    _, found = sweep(engine, trace.token_ids)
+    engine.close()
+    page.wait_for_function("() => document.querySelector('#moe-effect .js-plotly-plot')?._fullData?.length > 0")
+    np.testing.assert_allclose(drawn(page, "moe-effect"), found[0], atol=1e-4)
+    assert page.locator("#moe-sweep-offer").is_hidden()
 
 
 def test_a_masked_expert_has_no_load_and_no_probability(moe_server, opened):
