@@ -45,7 +45,7 @@ def layout(trace: str | None = None, layer: str | None = None, against: str | No
 
 
 @callback(
-    Output("moe-load", "figure"), Output("moe-repeats", "figure"), Output("moe-measures", "children"), Output("moe-measures-said", "children"),
+    Output("moe-load", "figure"), Output("moe-repeats", "figure"),
     Input("moe-layer", "value"), Input("theme", "data"), State("page-state", "data"),
 )  # fmt: skip
 def show_layers(layer: int, theme: str, page: dict[str, Any]):
@@ -57,9 +57,16 @@ def show_layers(layer: int, theme: str, page: dict[str, Any]):
         kept = figures.repeat_lines([moe.repeats(each.indices, each.n_experts) for each in routings], layers, routings[0].k, layer, theme)
     else:
         kept = no_figure(theme, "A single token follows no other.")
-    n, k = trace.info.n_experts, routings[0].k
+    return load, kept
+
+
+@callback(Output("moe-measures", "children"), Output("moe-measures-said", "children"), Input("moe-layer", "value"), State("page-state", "data"))
+def show_measures(layer: int, page: dict[str, Any]):
+    """On its own: it reads the router's scores of every layer, which takes longer than the pictures do."""
+    trace = services().library.open(page["trace"])
+    n, k = trace.info.n_experts, trace["expert_indices", layer].shape[1]
     said = f"{trace.n_tokens:,} tokens, {k} of {n} experts each. An even load has entropy ln {n} = {np.log(n):.3f}, Gini 0, CV 0, balance 1, Switch loss 1."
-    return load, kept, measures_table(values.measures(trace), n, layer), said
+    return measures_table(values.measures(trace), n, layer), said
 
 
 @callback(

@@ -20,7 +20,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import logsumexp
+from scipy.special import entr
+
+from backend.analysis.logits import logsumexp
 
 Counts = Mapping[int, float] | Sequence[float] | NDArray[Any]
 Indices = NDArray[np.integer[Any]]
@@ -165,14 +167,14 @@ def switch_loss(indices: Indices, probs: NDArray[Any]) -> SwitchLoss:
 
 def z_loss(logits: NDArray[Any]) -> float:
     """Router z-loss: mean over tokens of logsumexp(logits)^2."""
-    return float(np.mean(logsumexp(np.asarray(logits, dtype=np.float64), axis=-1) ** 2))
+    return float(np.mean(logsumexp(np.asarray(logits)) ** 2))
 
 
 def router_entropy(probs: NDArray[Any]) -> NDArray[np.float64]:
     """(pos,) entropy of the router's distribution over all experts, nats; rows are normalised first, since sigmoid scores do not sum to 1."""
     p = np.asarray(probs, dtype=np.float64)
-    p = p / p.sum(axis=-1, keepdims=True)
-    return -np.where(p > 0, p * np.log(np.where(p > 0, p, 1.0)), 0.0).sum(axis=-1)
+    found: NDArray[np.float64] = entr(p / p.sum(axis=-1, keepdims=True)).sum(axis=-1)
+    return found
 
 
 def chosen(indices: Indices, n_experts: int) -> NDArray[np.bool_]:

@@ -160,7 +160,8 @@ def change_lines(layers: Sequence[int], changed: NDArray[np.floating], first: ND
     found = figure(theme, *lines, showlegend=True, legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "font": {"size": 11}})
     found.add_vline(x=chosen, line={"color": colours(theme)["line-strong"], "width": 1, "dash": "dot"})
     found.update_xaxes(title="layer", dtick=max(1, len(layers) // 8), zeroline=False)
-    found.update_yaxes(title="share of tokens", tickformat=".0%", rangemode="tozero", nticks=6)
+    most = float(np.nanmax([changed, first]))
+    found.update_yaxes(title="share of tokens", tickformat=".0%" if most > 0.1 else ".1%", range=[0, max(1.08 * most, 0.01)], nticks=6)
     return found
 
 

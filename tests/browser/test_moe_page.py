@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,7 +124,7 @@ def test_the_sweep_over_all_experts_is_run_by_a_job_and_drawn(moe_server, opened
     page = opened(trace, layer=1)
     page.locator("#moe-sweep").click()
     page.wait_for_function("() => document.querySelectorAll('#moe-ranked tbody tr').length > 0")
-    engine = open_engine(trace.info.source, OpenOptions())
+    engine = open_engine(Path(trace.info.source), OpenOptions())
     _, found = sweep(engine, trace.token_ids)
     engine.close()
     page.wait_for_function("() => document.querySelector('#moe-effect .js-plotly-plot')?._fullData?.length > 0")
