@@ -68,6 +68,7 @@ def opened(moe_server, page):
         page.goto(f"{moe_server[0]}/moe?{asked}", wait_until="domcontentloaded")
         for graph in ("moe-load", "moe-map", "moe-probs", "moe-margins", "moe-together", "moe-repeats"):
             page.wait_for_function(f"() => document.querySelector('#{graph} .js-plotly-plot')?._fullData?.length > 0")
+        page.wait_for_selector("#moe-measures tr.chosen")  # the measures come on their own
         return page
 
     yield go
