@@ -56,8 +56,8 @@ ABOUT_COMPARE = (
 )  # fmt: skip
 
 
-def moe_cards(n_layers: int, n_experts: int, others: list[dict[str, str]], against: str, ablation: html.Section) -> list[Any]:
-    """All cards; `others` and `against` are the options and the value of the comparison, `ablation` is the card of components.moe_ablation."""
+def moe_cards(n_layers: int, n_experts: int, others: list[dict[str, str]], against: str, more: list[html.Section]) -> list[Any]:
+    """All cards; `others` and `against` are the options and the value of the comparison, `more` are the cards that have modules of their own."""
     rows = 100 + min(24 * n_layers, 480)
     square = 330 if n_experts <= 32 else 430
     return [
@@ -80,8 +80,8 @@ def moe_cards(n_layers: int, n_experts: int, others: list[dict[str, str]], again
             card("Margin of the choice", graph("moe-margins", height=280), html.Span("", id="moe-margins-said"), graph_tools("moe-margins", "margins"), list(ABOUT_MARGIN)),
             card("Tokens and their experts", html.Div(id="moe-tokens", className="table-scroll table-tall"), html.Span("", id="moe-tokens-said"), (), list(ABOUT_TOKENS),
                  className="wide"),
-            ablation,
             _compare_card(others, against),
+            *more,
         )
     ]  # fmt: skip
 

@@ -19,6 +19,7 @@ from components.follow_token import position_in
 from components.moe_ablation import MEASURES, ablation_card
 from components.moe_cards import moe_cards
 from components.moe_tables import alike_table, compared_words, legend, measures_table, strip, token_table
+from components.moe_usage import VIEWS, usage_card
 from components.services import services
 from components.token_label import token_labels
 from components.trace_view import trace_page
@@ -28,11 +29,12 @@ dash.register_page(__name__, path="/moe", name="MoE routing", order=4.8, icon="b
 
 REQUIRES = ("expert_indices",)
 
-def layout(trace: str | None = None, layer: str | None = None, against: str | None = None, effect: str | None = None, **state: str):
+def layout(trace: str | None = None, layer: str | None = None, against: str | None = None, effect: str | None = None, usage: str | None = None, **state: str):
     def build(opened: Trace) -> list[Any]:
         others = values.others(opened)
         known = against if any(each["value"] == against for each in others) else values.NONE
-        return moe_cards(len(routing_layers(opened)), opened.info.n_experts, others, str(known), ablation_card(opened, as_choice(effect, list(MEASURES), "nll")))
+        more = [ablation_card(opened, as_choice(effect, list(MEASURES), "nll")), usage_card(opened, as_choice(usage, list(VIEWS), "category"))]
+        return moe_cards(len(routing_layers(opened)), opened.info.n_experts, others, str(known), more)
 
     def controls(opened: Trace) -> Any:
         layers = routing_layers(opened)
@@ -196,4 +198,5 @@ def _margin_words(layer: int, margins: Any, ties: list[tuple[int, list[int]]]) -
     return words + f" {len(ties):,} {'tie' if len(ties) == 1 else 'ties'} ({names}{', …' if len(ties) > 3 else ''})."
 
 
-keep_url({"layer": ("moe-layer", "value"), "against": ("moe-against", "value"), "effect": ("moe-effect-measure", "value")})
+keep_url({"layer": ("moe-layer", "value"), "against": ("moe-against", "value"), "effect": ("moe-effect-measure", "value"),
+          "usage": ("moe-usage-view", "value")})  # fmt: skip

@@ -8,7 +8,7 @@ from scipy import stats
 from scipy.spatial.distance import cosine, jensenshannon
 
 from backend.analysis import moe
-from backend.analysis.moe_compare import changed, pairwise, similarity
+from backend.analysis.moe_compare import changed, pairwise, similarity, within_between
 
 MAPPING = {0: 15, 1: 8, 2: 12, 3: 3, 4: 20, 5: 7, 6: 14, 7: 2}  # 81 choices
 # two tokens chose (0, 1), one (0, 2), one (3, 1)
@@ -119,6 +119,18 @@ def test_similarity_against_scipy():
     assert math.isnan(similarity([3, 3, 3], [1, 2, 3]).pearson) and math.isnan(similarity([0, 0], [1, 2]).cosine)
     matrix = pairwise([a, b])["cosine"]
     assert matrix[0, 1] == matrix[1, 0] == found.cosine and matrix[0, 0] == pytest.approx(1)
+
+
+def test_pairs_within_and_between_labels():
+    within, between = within_between([[4, 0], [2, 0], [0, 1], [0, 5]], ["a", "a", "b", "b"])
+    assert (within, between) == pytest.approx((0, math.log(2)))
+    assert math.isnan(within_between([[1, 1], [2, 1]], ["a", "b"])[0]) and math.isnan(within_between([[1, 1]], ["a"])[1])
+    rng = np.random.default_rng(2)
+    loads = list(rng.integers(0, 9, (5, 6))) + [np.zeros(6, int)]
+    by_hand = [similarity(loads[i], loads[j]).jensen_shannon for i, j in ((0, 2), (0, 4), (2, 4), (1, 3))]
+    assert within_between(loads, ["x", "y", "x", "y", "x", "y"])[0] == pytest.approx(np.mean(by_hand))
+    with pytest.raises(ValueError, match="1 labels for 2 loads"):
+        within_between([[1], [1]], ["a"])
 
 
 def test_what_changed_between_two_routings():

@@ -67,6 +67,12 @@ def test_change_is_a_line_for_the_set_and_one_for_the_first_choice():
     assert found.data[0].y.tolist() == [0, 0.5] and found.data[1].y.tolist() == [0, 0.25]
 
 
+def test_a_row_that_counted_nothing_is_a_gap():
+    found = figures.usage_heatmap(np.array([[1, 3], [0, 0]]), ["sums", HOSTILE])
+    np.testing.assert_allclose(found.data[0].z, [[0.25, 0.75], [np.nan, np.nan]])
+    assert "3 of 4 choices, 75.0%" in found.data[0].customdata[0][1] and "<a" not in str(found.layout.yaxis.ticktext) + found.data[0].customdata[1][0]
+
+
 def test_the_strip_names_every_expert_of_a_token():
     found = strip(ROUTING, ["a", HOSTILE, "c"], 0, 1, "light")
     assert found[1].children == HOSTILE and found[1].title == "position 1: expert 3 (0.60), expert 0 (0.40)" and found[1].className == "moe-tok chosen"

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from backend.analysis.moe import expert_counts
-from backend.analysis.moe_compare import similarity
+from backend.analysis.moe_compare import within_between
 from backend.engines import OpenOptions, Request, never_stop, open_engine
 from backend.errors import LayerscopeError, SiteNotCaptured
 from backend.experiments.capture import CaptureSpec, capture
 from backend.intervention import ablate_experts
+from backend.reports.expert_usage import find_usage
 from backend.reports.routing import compare, comparison_report, overall, routing_report
 from backend.trace import open_trace
 
@@ -84,6 +84,30 @@ def test_what_has_no_routing_says_why(traces):
         compare(traces["plain"], traces["dense"])
 
 
+def test_usage_over_traces_adds_up_by_category_and_stays_apart_by_trace(traces, tmp_path):
+    from backend.derived import Derived
+
+    asked = [traces[name] for name in ("other", "plain", "narrow", "cut")]
+    found = find_usage(asked)
+    assert found.trace_ids == [each.id for each in sorted((traces["plain"], traces["cut"], traces["other"]), key=lambda each: each.created_at)]
+    at = found.trace_ids.index(traces["plain"].id)
+    for layer in range(3):
+        np.testing.assert_array_equal(found.counts[at, layer], traces["plain"].routing(layer).counts)
+    names, together = found.by_category(1)
+    assert names == [""] and together.sum() == 2 * sum(found.n_tokens)
+    derived = Derived(tmp_path)
+    key = found.key("tiny", found.trace_ids)
+    assert found.load(derived, key) is None
+    found.save(derived, key)
+    again = found.load(derived, key)
+    np.testing.assert_array_equal(again.counts, found.counts)
+    assert (again.trace_ids, again.categories, again.prompts, again.created_at, again.n_tokens) == (
+        found.trace_ids, found.categories, found.prompts, found.created_at, found.n_tokens)  # fmt: skip
+    derived.close()
+    with pytest.raises(LayerscopeError, match="No trace of this model"):
+        find_usage([traces["narrow"]])
+
+
 def test_categories_of_prompts_differ_in_routing_more_between_than_within():
     engine = open_engine(DEMO, OpenOptions(device="cpu"))
     loads: list[tuple[str, np.ndarray]] = []
@@ -99,6 +123,5 @@ def test_categories_of_prompts_differ_in_routing_more_between_than_within():
                 loads.append((category, np.concatenate([found[layer] for layer in sorted(found)])))
     finally:
         engine.close()
-    apart = [(a == b, similarity(x, y).jensen_shannon) for (a, x), (b, y) in combinations(loads, 2)]
-    within, between = (np.mean([js for same, js in apart if same is wanted]) for wanted in (True, False))
+    within, between = within_between([load for _, load in loads], [category for category, _ in loads])
     assert between > 2 * within

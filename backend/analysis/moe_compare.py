@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,28 @@ def pairwise(loads: Sequence[Counts], n_experts: int | None = None) -> dict[str,
             for name, matrix in found.items():
                 matrix[i, j] = getattr(alike, name)
     return found
+
+
+def within_between(loads: Sequence[Counts], labels: Sequence[Hashable]) -> tuple[float, float]:
+    """Mean Jensen-Shannon divergence, nats, over pairs of loads with the same label, and over pairs with different labels.
+
+    NaN without such pairs; loads that counted nothing are left out.
+    """
+    if len(loads) != len(labels):
+        raise ValueError(f"There are {len(labels)} labels for {len(loads)} loads.")
+    size = max((_size(each) for each in loads), default=0)
+    rows = [(label, p) for label, p in ((label, shares(_padded(each, size))) for label, each in zip(labels, loads, strict=True)) if not np.isnan(p).any()]
+    sums, pairs = [0.0, 0.0], [0, 0]
+    for i, (label, p) in enumerate(rows[:-1]):
+        others = np.stack([q for _, q in rows[i + 1 :]])
+        middle = (others + p) / 2
+        apart = (rel_entr(p, middle) + rel_entr(others, middle)).sum(axis=1) / 2
+        same = np.array([other == label for other, _ in rows[i + 1 :]])
+        for kind, chosen in enumerate((same, ~same)):
+            sums[kind] += float(apart[chosen].sum())
+            pairs[kind] += int(chosen.sum())
+    within, between = (total / n if n else math.nan for total, n in zip(sums, pairs, strict=True))
+    return within, between
 
 
 def _size(counts: Counts) -> int:

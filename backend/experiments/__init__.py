@@ -65,6 +65,7 @@ KINDS: dict[str, Experiment] = {
     "neuron_examples": _job("neurons", "neuron_examples_job"),
     "neuron_tokens": _job("neurons", "neuron_tokens_job"),
     "expert_sweep": _job("experts", "expert_sweep_job"),
+    "expert_usage": _job("experts", "expert_usage_job"),
     "vocabulary": _job("attribution", "vocabulary_job"),
     "quantization": _job("quantization", "quantization_job"),
     "graph": _job("graph", "graph_job"),

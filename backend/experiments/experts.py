@@ -1,8 +1,9 @@
-"""What each expert is needed for: the model run again with one expert taken out of one layer's choice, for every expert of every layer."""
+"""What each expert is needed for: the model run again with one expert taken out of one layer's choice, for every expert of every layer;
+and how often each is chosen over many traces."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from backend.engines import Engine, Piece, Request, ShouldStop, never_stop
 from backend.errors import Cancelled, LayerscopeError
 from backend.experiments import Context, Progress, no_progress
 from backend.intervention import Intervention, ablate_experts
+from backend.reports.expert_usage import Usage, find_usage
 from backend.trace import Trace
 
 # What a sweep measures, in the order of its arrays.
@@ -87,3 +89,23 @@ def expert_sweep_job(context: Context, params: dict[str, Any]) -> dict[str, Any]
         context.derived.put_array(("expert_sweep", trace.id), found)
         context.derived.put_json(("expert_sweep_layers", trace.id), layers)
     return {"layers": layers}
+
+
+def expert_usage_job(context: Context, params: dict[str, Any]) -> dict[str, Any]:
+    """Job: {"model": name, "traces": [ids]} -> {"n_traces"}; the counts lie in the cache under Usage.key. A trace that was deleted meanwhile
+    is left out."""
+    ids = [str(trace_id) for trace_id in params["traces"]]
+
+    def opened() -> Iterator[Trace]:
+        for number, trace_id in enumerate(ids):
+            if context.should_stop():
+                raise Cancelled
+            context.progress("traces", number, len(ids))
+            path = context.library.path_of(trace_id)
+            if path.is_file():
+                with Trace(path) as trace:
+                    yield trace
+
+    found = find_usage(opened())
+    found.save(context.derived, Usage.key(params["model"], ids))
+    return {"n_traces": len(found.trace_ids)}

@@ -133,6 +133,17 @@ def test_the_sweep_over_all_experts_is_run_by_a_job_and_drawn(moe_server, opened
     assert page.locator("#moe-sweep-offer").is_hidden()
 
 
+def test_the_use_of_experts_over_all_traces_is_read_by_a_job(moe_server, opened):
+    _, trace, cut, _ = moe_server
+    page = opened(trace, layer=1, usage="time")
+    page.locator("#moe-usage-read").click()
+    page.wait_for_function("() => document.querySelector('#moe-usage .js-plotly-plot')?._fullData?.length > 0")
+    both = np.stack([each.routing(1).counts for each in sorted((trace, cut), key=lambda each: each.created_at)])
+    np.testing.assert_allclose(drawn(page, "moe-usage"), both / both.sum(axis=1, keepdims=True), rtol=1e-6)
+    assert page.locator("#moe-usage-said").inner_text().startswith(f"Layer 1, {trace.n_tokens + cut.n_tokens} tokens of 2 traces.")
+    assert query_of(page)["usage"] == "time"
+
+
 def test_a_masked_expert_has_no_load_and_no_probability(moe_server, opened):
     cut = moe_server[2]
     page = opened(cut, layer=1)
