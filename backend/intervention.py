@@ -93,7 +93,7 @@ class Intervention:
             _check_range("Head", _tuple(self.head), info.dims[head_axis], 0)
         _check_range("Position", _tuple(self.pos), n_tokens, -n_tokens)
         size = n_tokens if site.dims[-1] == "k_pos" else info.dims[site.dims[-1]]
-        _check_range("Dimension", _tuple(self.dim), size, 0)
+        _check_range("Expert" if site.dims[-1] == "expert" else "Dimension", _tuple(self.dim), size, 0)
         if self.op == "mask" and info.n_experts - len(set(_tuple(self.dim))) < info.n_experts_used:
             left, needed = info.n_experts - len(set(_tuple(self.dim))), info.n_experts_used
             raise LayerscopeError(f"{left} of {info.n_experts} experts are left in layer {self.layer}, and each token needs {needed}: mask {info.n_experts - needed} at most.")

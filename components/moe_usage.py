@@ -59,7 +59,7 @@ def submit(clicks: int | None, page: dict[str, Any]):
     if not clicks:
         return no_update
     trace = services().library.open(page["trace"])
-    ids = read_traces(trace)
+    ids = read_traces(trace)[::-1]  # oldest first: traces of one moment stay in the order they were made in
     return services().jobs.submit("expert_usage", {"model": trace.info.name, "traces": ids}, f"Experts over {len(ids):,} traces").id
 
 

@@ -44,6 +44,19 @@ def test_analyze_takes_prompts_in_a_row_and_compares_every_two(moe_run, tiny_mix
     assert "NaN" not in output.read_text()
 
 
+def test_ablate_ranks_every_expert_or_compares_with_and_without_some(moe_run, tiny_mixtral):
+    name = tiny_mixtral.hf.name
+    every = json.loads(moe_run("moe", "ablate", "--preset", name, "--prompt", "The capital of Italy", "--json")[1])
+    assert len(every["ranking"]) == 3 * 5 and every["ranking"][0]["kl"] == max(row["kl"] for row in every["ranking"])
+    best = every["ranking"][0]
+    words = ("--layer", str(best["layer"]), "--experts", str(best["expert"]))
+    one = json.loads(moe_run("moe", "ablate", "--preset", name, "--prompt", "The capital of Italy", *words, "-n", "3", "--json")[1])
+    assert [one[key] for key in ("nll", "kl", "changed")] == pytest.approx([best[key] for key in ("nll", "kl", "changed")], rel=1e-4)
+    assert one["response"] and one["response_without"]
+    assert "every expert taken out in turn" in moe_run("moe", "ablate", "--preset", name, "--prompt", "The capital of Italy")[1]
+    assert "without expert 0, 1 of layer 2" in moe_run("moe", "ablate", "--preset", name, "--prompt", "Italy", "--layer", "2", "--experts", "1,0")[1]
+
+
 def test_presets_are_listed_and_can_be_added(moe_run, tmp_path, monkeypatch):
     names = [row["name"] for row in json.loads(moe_run("moe", "presets", "--json")[1])["presets"]]
     assert {"demo-moe", "mixtral-8x7b-instruct", "mixtral-8x7b-instruct-4bit", "mixtral-8x7b-instruct-8bit", "mixtral-8x7b-creative", "mixtral-8x7b-precise"} <= set(names)
@@ -75,6 +88,9 @@ def test_memory_info_by_hand(moe_run):
         (("memory-info", "--preset", "nope"), "There is no preset 'nope'; there are demo-moe"),
         (("moe", "query", "--preset", "demo-dense", "--prompt", "x"), "demo-dense is dense: it has no experts"),
         (("moe", "query", "--preset", "mixtral-8x7b-instruct", "--prompt", "x"), "is not on this disk"),
+        (("moe", "ablate", "--preset", "demo-moe", "--prompt", "x", "--layer", "0"), "Name both --layer and --experts"),
+        (("moe", "ablate", "--preset", "demo-moe", "--prompt", "x", "--layer", "0", "--experts", "1-3"), "are not numbers separated by commas"),
+        (("moe", "ablate", "--preset", "demo-moe", "--prompt", "x", "--layer", "0", "--experts", "8"), "Expert 8 of an edit is outside 0-7"),
         (("moe", "analyze", "--preset", "demo-moe", "--prompts", "x", "--output", "/no/such/folder/x.json"), "There is no folder /no/such/folder"),
     ],
 )

@@ -89,7 +89,7 @@ def test_usage_over_traces_adds_up_by_category_and_stays_apart_by_trace(traces, 
 
     asked = [traces[name] for name in ("other", "plain", "narrow", "cut")]
     found = find_usage(asked)
-    assert found.trace_ids == [each.id for each in sorted((traces["plain"], traces["cut"], traces["other"]), key=lambda each: each.created_at)]
+    assert found.trace_ids == [each.id for each in sorted((traces["other"], traces["plain"], traces["cut"]), key=lambda each: each.created_at)]
     at = found.trace_ids.index(traces["plain"].id)
     for layer in range(3):
         np.testing.assert_array_equal(found.counts[at, layer], traces["plain"].routing(layer).counts)

@@ -1,4 +1,4 @@
-"""python -m backend moe query | analyze | presets, and memory-info: routing of experts from the command line. docs/moe.md has the JSON."""
+"""python -m backend moe query | analyze | presets | ablate, and memory-info: routing of experts from the command line. docs/moe.md has the JSON."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from backend.commands import moe_ablate
 from backend.errors import LayerscopeError
 
 SCHEMA = "layerscope.moe/1"
@@ -24,6 +25,8 @@ def register(app: typer.Typer, bar: Callable[[], Any], settings: Callable[[], An
     keep: puts a finished trace into the library."""
     group = typer.Typer(no_args_is_help=True, help="Routing of mixture-of-experts models.")
     app.add_typer(group, name="moe")
+
+    moe_ablate.register(group, bar, lambda name: _opened(settings(), name), SCHEMA)
 
     @group.command()
     def query(

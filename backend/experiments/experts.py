@@ -36,10 +36,7 @@ def sweep(engine: Engine, ids: Sequence[int], progress: Progress = no_progress, 
         raise LayerscopeError(f"{info.name} has no experts that could be taken out.")
     if len(tokens) < 2:
         raise LayerscopeError("A sweep over experts needs two tokens at least: it measures how well each predicts the next.")
-    size = 4 * len(tokens) * info.d_vocab
-    if size > _MOST_BYTES:
-        raise LayerscopeError(f"The logits of {len(tokens):,} tokens take {size / 1e9:.1f} GB, and the limit of a sweep is {_MOST_BYTES / 1e9:.1f} GB; take a shorter prompt.")
-    clean = _logits(engine, tokens, (), should_stop)
+    clean = logits_of(engine, tokens, (), should_stop)
     found = np.zeros((len(MEASURES), len(layers), info.n_experts), np.float32)
     places = [(i, layer, expert) for i, layer in enumerate(layers) for expert in range(info.n_experts)]
     for number, (i, layer, expert) in enumerate(places):
@@ -48,7 +45,7 @@ def sweep(engine: Engine, ids: Sequence[int], progress: Progress = no_progress, 
             raise Cancelled
         edit = ablate_experts(engine.places, layer, expert)
         edit.check(info, len(tokens))
-        found[:, i, expert] = effect(clean, _logits(engine, tokens, (edit,), should_stop), tokens)
+        found[:, i, expert] = effect(clean, logits_of(engine, tokens, (edit,), should_stop), tokens)
     progress("ablating experts", len(places), len(places))
     return layers, found
 
@@ -67,7 +64,11 @@ def effect(clean: NDArray[np.float32], without: NDArray[np.float32], ids: Sequen
     return nll / max(len(following), 1), kl / len(clean), changed / len(clean)
 
 
-def _logits(engine: Engine, ids: list[int], edits: tuple[Intervention, ...], should_stop: ShouldStop) -> NDArray[np.float32]:
+def logits_of(engine: Engine, ids: list[int], edits: tuple[Intervention, ...] = (), should_stop: ShouldStop = never_stop) -> NDArray[np.float32]:
+    """(pos, d_vocab) logits of one run. Raises LayerscopeError where they would take more than 1 GiB."""
+    size = 4 * len(ids) * engine.info.d_vocab
+    if size > _MOST_BYTES:
+        raise LayerscopeError(f"The logits of {len(ids):,} tokens take {size / 1e9:.1f} GB, and the limit is {_MOST_BYTES / 1e9:.1f} GB; take a shorter prompt.")
     out = np.empty((len(ids), engine.info.d_vocab), np.float32)
 
     def sink(piece: Piece) -> None:
