@@ -58,6 +58,7 @@ def test_a_masked_expert_counts_as_zero(traces):
     routing = traces["cut"].routing(0)
     assert routing.counts[1] == 0 and len(routing.counts) == 5 and (routing.probs[:, 1] == 0).all()
     assert traces["cut"].metadata["interventions"] == [{"site": "router_probs", "layer": 0, "op": "mask", "dim": [1], "seed": 0}]
+    assert not [name for name, entry in traces["cut"].integrity.items() if entry.get("checked") and not entry["ok"]]
     report = routing_report(traces["cut"])
     assert report["layers"][0]["counts"]["1"] == 0 and report["layers"][0]["switch_loss"] is not None
 
