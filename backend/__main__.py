@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from backend.commands import batch, embeddings, generate, quantization, tuned_lens, weights
+from backend.commands import batch, embeddings, generate, moe, quantization, tuned_lens, weights
 from backend.commands import heads as heads_command
 from backend.commands.attribution import attribute
 from backend.commands.graph import graph
@@ -253,6 +253,7 @@ def _register(path: Any) -> None:
 generate.register(app, _Bar, _register)
 batch.register(app, _Bar, _settings)
 weights.register(app, _Bar)
+moe.register(app, _Bar, _settings, _register)
 quantization.register(app, _Bar)
 embeddings.register(app, _Bar)
 tuned_lens.register(app, _Bar, lambda: _settings().data_dir)

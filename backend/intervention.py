@@ -1,13 +1,13 @@
 """Intervention: one edit of one site while the model runs, and how it applies to an array.
 
-Both engines hand the site's array, in the dims of `sites.SITES`, to `apply`; so zero, mean, set, add, scale and noise mean
+Both engines hand the site's array, in the dims of `sites.SITES`, to `apply`; so zero, mean, set, add, scale, noise and mask mean
 the same thing in a PyTorch module and inside llama.cpp's graph.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -18,7 +18,7 @@ from backend.errors import LayerscopeError
 from backend.model_info import ModelInfo
 from backend.sites import SITES, resolve_site
 
-Op = Literal["zero", "mean", "set", "add", "scale", "noise"]
+Op = Literal["zero", "mean", "set", "add", "scale", "noise", "mask"]
 OPS: tuple[str, ...] = get_args(Op)
 
 # Integers that index experts, and sites computed only on reading, cannot be changed in a running model. resid_pre can: it is the
@@ -37,6 +37,7 @@ class Intervention:
     add     x + value
     scale   x * value
     noise   x + value * standard normal noise, from `seed` and the position
+    mask    -inf, for router_logits and router_probs: the experts `dim` are not chosen any more
 
     `head` selects along the head axis (kv heads for k, v), `pos` along positions (query positions for attention maps; negative
     counts from the end of the prompt), `dim` along the last axis. None selects all. Attention maps are not renormalised after an edit.
@@ -60,6 +61,8 @@ class Intervention:
             raise LayerscopeError(f"There is no edit {self.op!r}; edits are {', '.join(OPS)}.")
         if site in NOT_EDITABLE:
             raise LayerscopeError(f"Site {site!r} cannot be edited; edit the values it is computed from.")
+        if self.op == "mask" and (site not in ("router_logits", "router_probs") or self.dim is None):
+            raise LayerscopeError(f"Edit 'mask' takes experts out of the choice of a router: it is for router_logits and router_probs, with experts as dim, not for {site!r}.")
         if self.op in ("set", "add", "scale", "noise") and self.value is None:
             raise LayerscopeError(f"Edit {self.op!r} of {site!r} needs a value.")
         if not SITES[site].per_layer:
@@ -90,7 +93,10 @@ class Intervention:
             _check_range("Head", _tuple(self.head), info.dims[head_axis], 0)
         _check_range("Position", _tuple(self.pos), n_tokens, -n_tokens)
         size = n_tokens if site.dims[-1] == "k_pos" else info.dims[site.dims[-1]]
-        _check_range("Dimension", _tuple(self.dim), size, 0)
+        _check_range("Expert" if site.dims[-1] == "expert" else "Dimension", _tuple(self.dim), size, 0)
+        if self.op == "mask" and info.n_experts - len(set(_tuple(self.dim))) < info.n_experts_used:
+            left, needed = info.n_experts - len(set(_tuple(self.dim))), info.n_experts_used
+            raise LayerscopeError(f"{left} of {info.n_experts} experts are left in layer {self.layer}, and each token needs {needed}: mask {info.n_experts - needed} at most.")
 
     def from_prompt_end(self, n_prompt: int) -> Intervention:
         """The same edit with negative positions counted from the end of the prompt, whatever is generated after it."""
@@ -148,6 +154,8 @@ def _noise(seed: int, positions: NDArray[np.int64], shape: tuple[int, ...], pos_
 def _new_values(edit: Intervention, picked: NDArray[np.float32], pos_axis: int, positions: NDArray[np.int64]) -> NDArray[np.float32] | np.floating[Any]:
     if edit.op == "zero":
         return np.zeros_like(picked)
+    if edit.op == "mask":
+        return np.full_like(picked, -np.inf)
     if edit.op == "mean" and edit.value is None:
         return np.broadcast_to(picked.mean(axis=pos_axis, keepdims=True), picked.shape)
     if edit.op == "scale":
@@ -159,6 +167,18 @@ def _new_values(edit: Intervention, picked: NDArray[np.float32], pos_axis: int, 
     except ValueError:
         raise LayerscopeError(f"The value of edit {edit.op!r} has shape {np.shape(edit.value)}, which does not fit {picked.shape} at {edit.site}.") from None
     return picked + value if edit.op == "add" else value
+
+
+def ablate_experts(places: Collection[tuple[str, int | None]], layer: int, experts: int | Sequence[int], pos: int | tuple[int, ...] | None = None) -> Intervention:
+    """Take experts out of one layer's choice; the router chooses among the rest, and shares the weights among them where it renormalises.
+
+    places: the engine's. The probabilities are masked where the router has any, so that a model that does not renormalise (OLMoE) keeps the
+    weights of every token that had not chosen these experts. With groups of experts (DeepSeek V3) a group may lose its place with them.
+    """
+    site = "router_probs" if ("router_probs", layer) in places else "router_logits"
+    if (site, layer) not in places:
+        raise LayerscopeError(f"Layer {layer} has no router: there are no experts to take out.")
+    return Intervention(site, layer, "mask", dim=_tuple(experts), pos=pos)
 
 
 def edits_by_place(edits: Iterable[Intervention]) -> dict[tuple[str, int | None], list[Intervention]]:

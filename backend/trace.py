@@ -17,6 +17,7 @@ import hdf5plugin  # noqa: F401  registers the Zstandard filter with HDF5
 import numpy as np
 from numpy.typing import NDArray
 
+from backend.analysis.moe import Routing
 from backend.errors import LayerscopeError, SiteNotCaptured
 from backend.model_info import ModelInfo
 from backend.sites import NATIVE, SITES, resolve_site
@@ -181,6 +182,19 @@ class Trace:
         if name not in self._natives:
             raise SiteNotCaptured(f"{NATIVE}{name}", None, [f"{NATIVE}{known}" for known in self.native])
         return self._file[self._natives[name]][...]
+
+    def routing(self, layer: int) -> Routing:
+        """What the router of one layer decided, with what was captured of it; `counts` says how often each expert was chosen.
+
+        Raises SiteNotCaptured where the layer's expert_indices are not in the trace, LayerscopeError for a model without experts.
+        """
+        if not self.info.is_moe:
+            raise LayerscopeError(f"{self.info.name} is dense: it has no experts and no routing.")
+        rest = {name: self._read(site, layer) if self._is_stored(site, layer) else None
+                for name, site in (("weights", "expert_weights"), ("probs", "router_probs"), ("logits", "router_logits"))}  # fmt: skip
+        if rest["probs"] is not None:  # an expert that an edit took out of the choice has probability 0
+            rest["probs"] = np.where(np.isneginf(rest["probs"]), np.float32(0), rest["probs"])
+        return Routing(layer, self.info.n_experts, self._read("expert_indices", layer), **rest)
 
     def source(self, site: str, layer: int | None = None) -> str:
         """The native tensor or module that a stored site came from."""

@@ -66,6 +66,8 @@ KINDS: dict[str, Experiment] = {
     "attribution": _job("attribution", "attribution_job"),
     "neuron_examples": _job("neurons", "neuron_examples_job"),
     "neuron_tokens": _job("neurons", "neuron_tokens_job"),
+    "expert_sweep": _job("experts", "expert_sweep_job"),
+    "expert_usage": _job("experts", "expert_usage_job"),
     "vocabulary": _job("attribution", "vocabulary_job"),
     "tuned_lens": _job("tuned_lens", "tuned_lens_job"),
     "quantization": _job("quantization", "quantization_job"),

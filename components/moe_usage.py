@@ -1,0 +1,101 @@
+"""The card of experts over all traces of a model: which categories of prompts they serve, and their use as time goes on."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from dash import Input, Output, State, callback, dcc, html, no_update
+
+from backend.analysis.moe_compare import within_between
+from backend.reports.expert_usage import Usage
+from backend.trace import Trace
+from components.card import card
+from components.figures.moe import usage_heatmap
+from components.graph import graph, graph_tools
+from components.jobs_tray import job_or_none, job_panel
+from components.services import services
+from components.states import error
+from components.trace_view import one_line, short_date
+
+VIEWS = {"category": "By category", "time": "Over time"}
+MOST_TRACES = 2000  # that are read, the newest
+ROWS = 128  # traces that the picture over time shows, the newest
+ABOUT = (
+    "How often each expert of the chosen layer was chosen, as a share of all choices, over every trace of this model that holds its chosen experts: together for each category "
+    "(domain specialisation, Muennighoff et al. 2024, OLMoE), or trace by trace, oldest first.",
+    "The sentence compares traces with each other: the mean Jensen-Shannon divergence (nats, at most ln 2) of the loads of the layer, over pairs of one category and over pairs of "
+    "different ones. Where the second is larger, categories are routed apart.",
+)  # fmt: skip
+
+
+def usage_card(trace: Trace, view: str) -> html.Section:
+    """The card; its callbacks need `moe-layer`, `theme`, `page-state` and `jobs-now`."""
+    options: Any = [{"value": name, "label": words} for name, words in VIEWS.items()]
+    pick = dcc.Dropdown(options, view, id="moe-usage-view", clearable=False, searchable=False, className="picker-metric")
+    known = usage(trace) is not None
+    button = html.Button("Read the traces", id="moe-usage-read", className="btn btn-primary", n_clicks=0)
+    offer = html.Div([button, html.Span(f"{len(read_traces(trace)):,} traces of {trace.info.name} hold their chosen experts.")], id="moe-usage-offer", className="neuron-foot",
+                     hidden=known)  # fmt: skip
+    shown = html.Div(graph("moe-usage", height=320), id="moe-usage-box", hidden=not known)
+    stores = [dcc.Store(id="moe-usage-job"), dcc.Store(id="moe-usage-ready")]
+    return card("Over all traces", [*stores, offer, html.Div(id="moe-usage-progress", role="status"), shown], html.Span("", id="moe-usage-said"),
+                [pick, *graph_tools("moe-usage", "expert-usage")], list(ABOUT), className="wide")  # fmt: skip
+
+
+def read_traces(trace: Trace) -> list[str]:
+    """Ids of the traces of the same model that hold expert_indices, newest first."""
+    found = services().library.traces(model=trace.info.name, limit=MOST_TRACES)
+    return [each.id for each in found if "expert_indices" in each.sites]
+
+
+def usage(trace: Trace) -> Usage | None:
+    """The use of experts over those traces; None while nobody has read them as they are now."""
+    return Usage.load(services().derived, Usage.key(trace.info.name, read_traces(trace)))
+
+
+@callback(Output("moe-usage-job", "data"), Input("moe-usage-read", "n_clicks"), State("page-state", "data"), prevent_initial_call=True)
+def submit(clicks: int | None, page: dict[str, Any]):
+    if not clicks:
+        return no_update
+    trace = services().library.open(page["trace"])
+    ids = read_traces(trace)[::-1]  # oldest first: traces of one moment stay in the order they were made in
+    return services().jobs.submit("expert_usage", {"model": trace.info.name, "traces": ids}, f"Experts over {len(ids):,} traces").id
+
+
+@callback(Output("moe-usage-progress", "children"), Output("moe-usage-ready", "data"), Input("moe-usage-job", "data"), Input("jobs-now", "data"),
+          State("moe-usage-ready", "data"), prevent_initial_call=True)  # fmt: skip
+def follow(job_id: str | None, _: Any, ready: str | None):
+    job = job_or_none(job_id)
+    if job is None or job.id == ready:
+        return no_update, no_update
+    if job.state == "done":
+        return "", job.id
+    return (job_panel(job) if job.is_active else error(job.error or f"The job was {job.state.replace('_', ' ')}."), no_update)
+
+
+@callback(
+    Output("moe-usage", "figure"), Output("moe-usage-said", "children"), Output("moe-usage-offer", "hidden"), Output("moe-usage-box", "hidden"),
+    Input("moe-layer", "value"), Input("moe-usage-view", "value"), Input("moe-usage-ready", "data"), Input("theme", "data"), State("page-state", "data"),
+)  # fmt: skip
+def show(layer: int, view: str, _: Any, theme: str, page: dict[str, Any]):
+    trace = services().library.open(page["trace"])
+    found = usage(trace)
+    if found is None:
+        return no_update, "Not read yet.", False, True
+    if view == "time":
+        counts = found.counts[-ROWS:, layer]
+        names = [f"{short_date(date)} · {one_line(prompt, 20)}" for date, prompt in zip(found.created_at[-ROWS:], found.prompts[-ROWS:], strict=True)]
+        names = [f"{i + 1}. {name}" for i, name in enumerate(names, max(0, len(found.trace_ids) - ROWS))]
+    else:
+        categories, counts = found.by_category(layer)
+        names = [one_line(each, 28) or "no category" for each in categories]
+    return usage_heatmap(counts, names, theme), _words(found, layer), True, False
+
+
+def _words(found: Usage, layer: int) -> str:
+    words = f"Layer {layer}, {sum(found.n_tokens):,} tokens of {len(found.trace_ids):,} traces."
+    within, between = within_between(list(found.counts[-ROWS:, layer]), found.categories[-ROWS:])
+    if math.isnan(within) or math.isnan(between):
+        return words + " Give traces categories, two at least, to compare within and between them."
+    return words + f" Jensen-Shannon divergence {within:.3f} within categories, {between:.3f} between them."
