@@ -22,7 +22,7 @@ RUN_PAGES = {
     "graph": "/graph",
     "quantization": "/quantization",
 }
-TRACE_PAGES = {"trace": "/trace", "attention": "/attention", "activations": "/activations", "lens": "/lens", "logits": "/logits", "attribution": "/attribution", "neurons": "/neurons", "embeddings": "/embeddings", "moe": "/moe"}
+TRACE_PAGES = {name: f"/{name}" for name in ("trace", "attention", "activations", "neurons", "lens", "logits", "attribution", "embeddings", "moe")}
 CHROMIUM = "/usr/bin/chromium"
 
 

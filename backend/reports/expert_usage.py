@@ -49,7 +49,10 @@ class Usage:
     @classmethod
     def load(cls, derived: Derived, key: Key) -> Usage | None:
         counts, rest = derived.get_array((*key, "counts")), derived.get_json((*key, "traces"))
-        return None if counts is None or rest is None else cls(*rest, counts)
+        if counts is None or rest is None:
+            return None
+        trace_ids, categories, prompts, created_at, n_tokens = rest
+        return cls(trace_ids, categories, prompts, created_at, n_tokens, counts)
 
 
 def find_usage(traces: Iterable[Trace]) -> Usage:
