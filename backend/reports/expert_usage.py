@@ -49,7 +49,7 @@ class Usage:
     @classmethod
     def load(cls, derived: Derived, key: Key) -> Usage | None:
         counts, rest = derived.get_array((*key, "counts")), derived.get_json((*key, "traces"))
-        return None if counts is None or rest is None else cls(*rest, counts)
+        return None if counts is None or rest is None else cls(rest[0], rest[1], rest[2], rest[3], rest[4], counts)
 
 
 def find_usage(traces: Iterable[Trace]) -> Usage:
