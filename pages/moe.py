@@ -62,9 +62,12 @@ def show_layers(layer: int, theme: str, page: dict[str, Any]):
     return load, kept
 
 
-@callback(Output("moe-measures", "children"), Output("moe-measures-said", "children"), Input("moe-layer", "value"), State("page-state", "data"))
-def show_measures(layer: int, page: dict[str, Any]):
-    """On its own: it reads the router's scores of every layer, which takes longer than the pictures do."""
+@callback(Output("moe-measures", "children"), Output("moe-measures-said", "children"), Input("moe-layer", "value"), Input("theme", "data"), State("page-state", "data"))
+def show_measures(layer: int, _: str, page: dict[str, Any]):
+    """On its own: it reads the router's scores of every layer, which takes longer than the pictures do.
+
+    The theme is an input because Dash does not call, when a page opens, what depends only on outputs of callbacks that wait for a click.
+    """
     trace = services().library.open(page["trace"])
     n, k = trace.info.n_experts, trace["expert_indices", layer].shape[1]
     said = f"{trace.n_tokens:,} tokens, {k} of {n} experts each. An even load has entropy ln {n} = {np.log(n):.3f}, Gini 0, CV 0, balance 1, Switch loss 1."

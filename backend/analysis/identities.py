@@ -296,6 +296,8 @@ class Identities:
 
     def _check_finite(self, site: str, layer: int | None, values: Array) -> None:
         found = self._found["finite"]
+        if site in ("router_logits", "router_probs") and (site, layer) in self._edited:
+            values = np.where(np.isneginf(values), 0, values)  # what an edit masks is no broken value
         # A sum of finite values can only fail to be finite when they are huge, and then the count below finds none bad.
         with np.errstate(over="ignore", invalid="ignore"):
             bad = 0 if values.dtype.kind != "f" or np.isfinite(values.sum()) else values.size - int(np.isfinite(values).sum())
