@@ -127,9 +127,10 @@ def test_dropdowns_and_tools_are_named_by_their_label_or_their_card(opened):
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("path", ["/", "/attention", "/weights"])
-def test_the_tab_key_reaches_every_control_and_shows_where_it_is(path: str, theme: str, opened):
+@pytest.mark.parametrize(("path", "arrived"), [("/", "#run-model"), ("/attention", "#head-table tbody tr"), ("/weights", "#weights-grid .ag-row")])
+def test_the_tab_key_reaches_every_control_and_shows_where_it_is(path: str, arrived: str, theme: str, opened):
     page = opened(path)
+    page.wait_for_selector(arrived)
     page.evaluate(f"() => document.documentElement.setAttribute('data-bs-theme', '{theme}')")
     reachable = "button, a[href], summary, input, select, textarea, [tabindex='0']"
     wanted = page.evaluate(
