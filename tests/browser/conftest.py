@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from playwright.sync_api import expect
+
+expect.set_options(timeout=60_000)  # other programs may want the cores: a page that comes late is no failure
 
 CHROMIUM = "/usr/bin/chromium"
 
