@@ -193,27 +193,6 @@ def test_about_opens_with_enter_and_space_and_closes_with_escape(opened):
         assert page.evaluate("() => document.activeElement.tagName") == "SUMMARY"
 
 
-def drawn(page, graph: str) -> np.ndarray:
-    rows = page.evaluate(f"() => Array.from(document.querySelector('#{graph} .js-plotly-plot')._fullData[0].z, row => Array.from(row, v => Number.isFinite(v) ? v : null))")
-    return np.array([[np.nan if v is None else v for v in row] for row in rows], np.float64)
-
-
-def test_heads_of_a_trace_beside_its_category(server, opened):
-    _, traces = server
-    page = opened("/attention", overmetric="sink", overshow="difference")
-    heading = "() => document.querySelector('#over-heads .js-plotly-plot')?.layout?.annotations?.[0]?.text"
-    page.wait_for_function(f"{heading} === 'First token, this trace − mean'")
-    scores = np.stack([trace.result("attn_sink") for trace in traces])
-    np.testing.assert_allclose(drawn(page, "over-heads"), scores[1] - scores.mean(0), atol=1e-6)
-    page.evaluate("() => window.dash_clientside.set_props('over-show', { value: 'mean' })")
-    page.wait_for_function(f"{heading} === 'First token, mean of the group'")
-    np.testing.assert_allclose(drawn(page, "over-heads"), scores.mean(0), atol=1e-6)
-    page.reload()
-    page.wait_for_function(f"{heading} === 'First token, mean of the group'")
-    query = parse_qs(urlparse(page.url).query)
-    assert query["over"] == ["category:places"] and query["overmetric"] == ["sink"] and query["overshow"] == ["mean"]
-
-
 def test_norms_and_predictions_of_a_trace_beside_its_category(server, opened):
     _, traces = server
     page = opened("/activations", oversite="attn_out")
