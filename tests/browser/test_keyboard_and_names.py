@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlparse
 
-import numpy as np
 import pytest
 
 from backend.trace import Trace, open_trace
@@ -191,18 +190,3 @@ def test_about_opens_with_enter_and_space_and_closes_with_escape(opened):
         page.keyboard.press("Escape")
         page.wait_for_function("() => document.querySelectorAll('details.popup[open]').length === 0")
         assert page.evaluate("() => document.activeElement.tagName") == "SUMMARY"
-
-
-def test_norms_and_predictions_of_a_trace_beside_its_category(server, opened):
-    _, traces = server
-    page = opened("/activations", oversite="attn_out")
-    page.wait_for_function("() => document.querySelector('#over-norms .js-plotly-plot')?._fullData?.length === 3")
-    lines = page.evaluate("() => document.querySelector('#over-norms .js-plotly-plot')._fullData.slice(1).map(line => Array.from(line.y))")
-    layers = range(traces[0].info.n_layers)
-    norms = np.array([[np.linalg.norm(trace["attn_out", layer][1:].astype(np.float64), axis=-1).mean() for layer in layers] for trace in traces])
-    np.testing.assert_allclose(lines, [norms.mean(0), norms[1]], rtol=1e-4)
-    page = opened("/logits")
-    page.wait_for_selector("#over-predictions tbody tr")
-    logprobs = [trace.next_logprobs[: trace.n_prompt - 1].mean() for trace in traces]
-    said = page.locator("#over-predictions").inner_text()
-    assert f"{logprobs[1]:.3f}" in said and f"{np.mean(logprobs):.3f} ± {np.std(logprobs, ddof=1):.3f}" in said
