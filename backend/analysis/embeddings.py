@@ -177,12 +177,25 @@ def umap_layout(scores: NDArray[np.float32], dims: int, seed: int = 0, report: R
     graph, _, _ = fuzzy_simplicial_set(scores, k, random, "euclidean", knn_indices=found, knn_dists=distances)
     a, b = find_ab_params(1.0, MIN_DIST)
     start = _start(scores, dims, 10.0)
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), _tqdm_released():
         layout, _ = simplicial_set_embedding(
             scores, graph, dims, 1.0, a, b, 1.0, 5, n_epochs, start, random, "euclidean", {}, False, {}, False, parallel=False, verbose=False,
             tqdm_kwds={"disable": False, "file": _Listener(r"\|\s*(\d+)/", lambda done: report("UMAP, epochs", done, n_epochs)), "mininterval": 0.1},
         )  # fmt: skip
     return np.ascontiguousarray(layout, np.float32)
+
+
+@contextlib.contextmanager
+def _tqdm_released() -> Iterator[None]:
+    """tqdm holds its lock while it writes, and keeps it for ever where writing raises: every later progress bar of the process would wait."""
+    try:
+        yield
+    except BaseException:
+        from tqdm.auto import tqdm
+
+        with contextlib.suppress(RuntimeError, AssertionError, ValueError):  # this thread does not hold it
+            tqdm.get_lock().release()
+        raise
 
 
 def tsne_layout(scores: NDArray[np.float32], dims: int, seed: int = 0, report: Report = lambda stage, done, total: None) -> NDArray[np.float32]:
