@@ -67,7 +67,7 @@ def moe_cards(n_layers: int, n_experts: int, others: list[dict[str, str]], again
             card("First expert of every token", graph("moe-map", height=rows), html.Span("", id="moe-map-said"), graph_tools("moe-map", "routing"), list(ABOUT_MAP),
                  className="wide"),
             card(html.Span("", id="moe-strip-title"), [html.Div(id="moe-strip", className="moe-strip"), html.Div(id="moe-legend", className="moe-legend")],
-                 html.Span("", id="moe-strip-said"), className="wide"),
+                 html.Span("", id="moe-strip-said"), (), list(ABOUT_MAP), className="wide"),
             card("Router probabilities", graph("moe-probs", height=140 + min(22 * n_experts, 420)), html.Span("", id="moe-probs-said"),
                  graph_tools("moe-probs", "router-probabilities"), list(ABOUT_PROBS), className="wide"),
             card("Measures of each layer", html.Div(id="moe-measures", className="table-scroll table-tall"), html.Span("", id="moe-measures-said"), (), list(ABOUT_MEASURES),
