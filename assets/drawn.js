@@ -18,14 +18,24 @@
         return element;
     }
 
+    const latest = new Map();
+
+    /** Draws into the frame; when the page is still being put together the frame may come later, or be made once more and empty. */
+    function place(id, items, tries, again = false) {
+        if (again && latest.get(id) !== items) return;
+        latest.set(id, items);
+        const host = document.getElementById(id);
+        if (host && (!again || !host.hasChildNodes())) {
+            host.replaceChildren(...items.map(make));
+            if (host.matches(".strip-tokens")) host.querySelector(".chosen")?.scrollIntoView({ block: "nearest" });
+        }
+        if (items.length && tries > 0 && (tries > 90 || !host)) setTimeout(() => place(id, items, tries - 1, true), 50);
+    }
+
     window.dash_clientside = window.dash_clientside || {};
     window.dash_clientside.layerscope = Object.assign(window.dash_clientside.layerscope || {}, {
         draw(items, store) {
-            const host = document.getElementById(store.replace(/-drawing$/, ""));
-            if (host && items) {
-                host.replaceChildren(...items.map(make));
-                if (host.matches(".strip-tokens")) host.querySelector(".chosen")?.scrollIntoView({ block: "nearest" });
-            }
+            if (items) place(store.replace(/-drawing$/, ""), items, 100);
             return window.dash_clientside.no_update;
         },
     });
