@@ -76,11 +76,13 @@ def trace_and_group(trace: Trace, group: str, n: int) -> tuple[Row, dict[str, Mo
 
 @callback(
     Output("over-ready", "data"), Output("over-state", "children"), Output("over-body", "hidden"),
-    Input("over-group", "value"), Input("over-job", "data"), Input("jobs-now", "data"), State("over-ready", "data"), State("page-state", "data"),
+    Input("over-group", "value"), Input("over-job", "data"), Input("jobs-now", "data"), State("over-ready", "data"), State("over-state", "children"),
+    State("page-state", "data"),
 )  # fmt: skip
-def find_group(group: str, job_id: str | None, _: Any, before: Any, page: dict[str, Any]):
+def find_group(group: str, job_id: str | None, _: Any, before: Any, said: Any, page: dict[str, Any]):
     """Whether the statistics of all its traces are there; else the job that makes them."""
-    if ctx.triggered_id == "jobs-now" and (before or not job_id):
+    looked = before or said  # the first call of a page may come as one of the jobs
+    if ctx.triggered_id == "jobs-now" and looked and (before or not job_id):
         return (no_update,) * 3  # other jobs: nothing that is waited for here
     trace = services().library.open(page["trace"])
     if group not in groups_of(trace):

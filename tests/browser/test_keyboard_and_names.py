@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlparse
 
+import numpy as np
 import pytest
 
 from backend.trace import Trace, open_trace
@@ -190,3 +191,39 @@ def test_about_opens_with_enter_and_space_and_closes_with_escape(opened):
         page.keyboard.press("Escape")
         page.wait_for_function("() => document.querySelectorAll('details.popup[open]').length === 0")
         assert page.evaluate("() => document.activeElement.tagName") == "SUMMARY"
+
+
+def drawn(page, graph: str) -> np.ndarray:
+    rows = page.evaluate(f"() => Array.from(document.querySelector('#{graph} .js-plotly-plot')._fullData[0].z, row => Array.from(row, v => Number.isFinite(v) ? v : null))")
+    return np.array([[np.nan if v is None else v for v in row] for row in rows], np.float64)
+
+
+def test_heads_of_a_trace_beside_its_category(server, opened):
+    _, traces = server
+    page = opened("/attention", overmetric="sink", overshow="difference")
+    heading = "() => document.querySelector('#over-heads .js-plotly-plot')?.layout?.annotations?.[0]?.text"
+    page.wait_for_function(f"{heading} === 'First token, this trace − mean'")
+    scores = np.stack([trace.result("attn_sink") for trace in traces])
+    np.testing.assert_allclose(drawn(page, "over-heads"), scores[1] - scores.mean(0), atol=1e-6)
+    page.evaluate("() => window.dash_clientside.set_props('over-show', { value: 'mean' })")
+    page.wait_for_function(f"{heading} === 'First token, mean of the group'")
+    np.testing.assert_allclose(drawn(page, "over-heads"), scores.mean(0), atol=1e-6)
+    page.reload()
+    page.wait_for_function(f"{heading} === 'First token, mean of the group'")
+    query = parse_qs(urlparse(page.url).query)
+    assert query["over"] == ["category:places"] and query["overmetric"] == ["sink"] and query["overshow"] == ["mean"]
+
+
+def test_norms_and_predictions_of_a_trace_beside_its_category(server, opened):
+    _, traces = server
+    page = opened("/activations", oversite="attn_out")
+    page.wait_for_function("() => document.querySelector('#over-norms .js-plotly-plot')?._fullData?.length === 3")
+    lines = page.evaluate("() => document.querySelector('#over-norms .js-plotly-plot')._fullData.slice(1).map(line => Array.from(line.y))")
+    layers = range(traces[0].info.n_layers)
+    norms = np.array([[np.linalg.norm(trace["attn_out", layer][1:].astype(np.float64), axis=-1).mean() for layer in layers] for trace in traces])
+    np.testing.assert_allclose(lines, [norms.mean(0), norms[1]], rtol=1e-4)
+    page = opened("/logits")
+    page.wait_for_selector("#over-predictions tbody tr")
+    logprobs = [trace.next_logprobs[: trace.n_prompt - 1].mean() for trace in traces]
+    said = page.locator("#over-predictions").inner_text()
+    assert f"{logprobs[1]:.3f}" in said and f"{np.mean(logprobs):.3f} ± {np.std(logprobs, ddof=1):.3f}" in said
