@@ -96,11 +96,12 @@ def _answer(found: View, row: int) -> tuple[dict[str, Any] | None, str | None]:
 
 @callback(
     Output("emb-near-progress", "children"), Output("emb-near-done", "data"),
-    Input("emb-near-job", "data"), Input("jobs-now", "data"), State("emb-near-done", "data"), prevent_initial_call=True,
+    Input("emb-near-job", "data"), Input("jobs-now", "data"), prevent_initial_call=True,
 )  # fmt: skip
-def follow_neighbours(job_id: str | None, _: Any, done: str | None):
+def follow_neighbours(job_id: str | None, _: Any):
+    """That it is done is said until `show_neighbours` has taken the job away, as in embedding_projection.follow."""
     job = job_or_none(job_id)
-    if job is None or job.id == done:
+    if job is None:
         return "", no_update
     if job.state == "done":
         return "", job.id

@@ -93,12 +93,15 @@ def prepare(spec: dict[str, Any] | None, _: str | None, clicks: int | None, page
 
 @callback(
     Output("emb-progress", "children", allow_duplicate=True), Output("emb-done", "data"), Output("emb-compute", "hidden", allow_duplicate=True),
-    Input("emb-job", "data"), Input("jobs-now", "data"), State("emb-done", "data"), prevent_initial_call=True,
+    Input("emb-job", "data"), Input("jobs-now", "data"), prevent_initial_call=True,
 )  # fmt: skip
-def follow(job_id: str | None, _: Any, done: str | None):
-    """The job's progress; when it failed, why, with the button to try again."""
+def follow(job_id: str | None, _: Any):
+    """The job's progress; when it failed, why, with the button to try again.
+
+    That it is done is said until `prepare` has taken the job away: Dash drops a callback whose cause ran again and changed nothing.
+    """
     job = job_or_none(job_id)
-    if job is None or job.id == done:
+    if job is None:
         return no_update, no_update, no_update
     if job.state == "done":
         return no_update, job.id, no_update
