@@ -191,7 +191,7 @@ def _tqdm_released() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        from tqdm.auto import tqdm
+        from umap.layouts import tqdm  # the bar that it draws with
 
         with contextlib.suppress(RuntimeError, AssertionError, ValueError):  # this thread does not hold it
             tqdm.get_lock().release()
