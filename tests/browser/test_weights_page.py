@@ -166,8 +166,11 @@ def test_a_cell_of_the_heatmap_opens_its_tensor_and_holds_the_statistic(server, 
     for column, component in enumerate(components):
         for layer in range(3):
             assert shown[layer, column] == pytest.approx(np.linalg.norm(weights[f"blocks.{layer}.{component}"].astype(float)), rel=1e-5)
-    page.evaluate("() => document.querySelector('#weights-stat .js-plotly-plot').scrollIntoView({ block: 'center' })")
-    box = page.locator("#weights-stat .nsewdrag").bounding_box()
+    page.evaluate("() => document.querySelector('#weights-stat .js-plotly-plot').scrollIntoView({ block: 'center', behavior: 'instant' })")
+    box = None
+    while (now := page.locator("#weights-stat .nsewdrag").bounding_box()) != box:  # cards above may still grow
+        box = now
+        page.wait_for_timeout(500)
     page.mouse.click(box["x"] + box["width"] * 0.5 / len(components), box["y"] + box["height"] * 5 / 6)
     wait_for_title(page, "blk.2.attn_norm.weight")
     page.wait_for_function("() => document.querySelector('#weights-map-facts').textContent === 'A vector of 64.'")
