@@ -11,6 +11,7 @@ from backend.reports.head_scores import TITLES, HeadScores
 from backend.trace import Trace
 from components.card import card
 from components.drawn import drawing, draws, elements
+from components.job_follow import taken_up
 from components.jobs_tray import job_or_none, job_panel
 from components.services import services
 from components.states import error
@@ -50,7 +51,7 @@ def run_detector(clicks: int | None, ready: dict[str, Any]):
 def follow(job_id: str | None, _: Any, ready: dict[str, Any]):
     """The job's progress; when it is done the lists are drawn; when it failed, why."""
     job = job_or_none(job_id)
-    if job is None or ready.get("job") == job.id:
+    if job is None or taken_up(job, ready.get("job")):
         return no_update, no_update, no_update
     if job.state == "done":
         return "", {**ready, "job": job.id}, False

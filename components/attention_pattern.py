@@ -31,7 +31,8 @@ from components.card import card
 from components.figures.attention import LARGEST, attention_pattern
 from components.figures.theme import no_figure
 from components.graph import GRAPH_CONFIG, graph, graph_tools
-from components.jobs_tray import job_or_none, job_panel
+from components.job_follow import follow_job
+from components.jobs_tray import job_or_none
 from components.services import services
 
 ABOUT = (
@@ -216,12 +217,7 @@ def start(wanted: float | None, page: dict[str, Any], job_id: str | None):
 )  # fmt: skip
 def follow(job_id: str | None, _: Any, ready: str | None):
     """The job's progress; when it is done the cards that waited are drawn; when it failed, why."""
-    job = job_or_none(job_id)
-    if job is None or ready == job.id:
-        return no_update, no_update
-    if job.state == "done":
-        return "", job.id
-    return (job_panel(job) if job.is_active else states.error(job.error or f"The job was {job.state.replace('_', ' ')}.")), no_update
+    return follow_job(job_id, ready)
 
 
 # -- in the browser -----------------------------------------------------------------------------------------------------------------

@@ -11,9 +11,8 @@ from backend.trace import Trace
 from components.card import card
 from components.figures.moe import effect_heatmap
 from components.graph import graph, graph_tools
-from components.jobs_tray import job_or_none, job_panel
+from components.job_follow import follow_job
 from components.services import services
-from components.states import error
 
 # measure -> words of the menu, unit beside the scale; the order is that of the array
 MEASURES = {
@@ -57,12 +56,7 @@ def submit(clicks: int | None, page: dict[str, Any]):
 @callback(Output("moe-sweep-progress", "children"), Output("moe-sweep-ready", "data"), Input("moe-sweep-job", "data"), Input("jobs-now", "data"),
           State("moe-sweep-ready", "data"), prevent_initial_call=True)  # fmt: skip
 def follow(job_id: str | None, _: Any, ready: str | None):
-    job = job_or_none(job_id)
-    if job is None or job.id == ready:
-        return no_update, no_update
-    if job.state == "done":
-        return "", job.id
-    return (job_panel(job) if job.is_active else error(job.error or f"The job was {job.state.replace('_', ' ')}."), no_update)
+    return follow_job(job_id, ready)
 
 
 @callback(

@@ -13,9 +13,8 @@ from backend.trace import Trace
 from components.card import card
 from components.figures.moe import usage_heatmap
 from components.graph import graph, graph_tools
-from components.jobs_tray import job_or_none, job_panel
+from components.job_follow import follow_job
 from components.services import services
-from components.states import error
 from components.trace_view import one_line, short_date
 
 VIEWS = {"category": "By category", "time": "Over time"}
@@ -66,12 +65,7 @@ def submit(clicks: int | None, page: dict[str, Any]):
 @callback(Output("moe-usage-progress", "children"), Output("moe-usage-ready", "data"), Input("moe-usage-job", "data"), Input("jobs-now", "data"),
           State("moe-usage-ready", "data"), prevent_initial_call=True)  # fmt: skip
 def follow(job_id: str | None, _: Any, ready: str | None):
-    job = job_or_none(job_id)
-    if job is None or job.id == ready:
-        return no_update, no_update
-    if job.state == "done":
-        return "", job.id
-    return (job_panel(job) if job.is_active else error(job.error or f"The job was {job.state.replace('_', ' ')}."), no_update)
+    return follow_job(job_id, ready)
 
 
 @callback(

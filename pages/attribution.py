@@ -15,6 +15,7 @@ from components import attribution_values as values
 from components.attribution_parts import SORTS, attribution_cards, parts_table, pictures, sums
 from components.figures.theme import no_figure
 from components.follow_token import position_in
+from components.job_follow import taken_up
 from components.jobs_tray import job_or_none, job_panel
 from components.services import services
 from components.states import error, missing
@@ -115,7 +116,8 @@ def follow(_: Any, listing: str | None, computing: str | None, done: list[str] |
     n, known = trace.info.d_vocab, vocabulary(values.model_of(trace).identity)
     button = html.Button(f"Search all {n:,}", id="attr-list", className="chip", disabled=jobs[0] is not None and jobs[0].is_active, n_clicks=0)
     foot = [] if known else [f"The lists search the {len(trace.vocabulary):,} tokens that occur in this trace.", button, _state_of(jobs[0])]
-    return foot, ended if ended != (done or []) else no_update, _state_of(jobs[1]) or no_update
+    news = ended != (done or []) or any(not taken_up(job, job.id) for job in jobs if job is not None and job.state == "done")
+    return foot, ended if news else no_update, _state_of(jobs[1]) or no_update
 
 
 def _state_of(job: Any) -> Any:

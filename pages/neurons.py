@@ -17,10 +17,9 @@ from components import neuron_values as values
 from components.attribution_values import model_of
 from components.figures.neurons import neuron_bars
 from components.follow_token import position_in
-from components.jobs_tray import job_or_none, job_panel
+from components.job_follow import follow_job
 from components.neuron_cards import SIDES, example_table, neuron_cards, neuron_table, written_lists
 from components.services import services
-from components.states import error
 from components.token_choice import vocabulary
 from components.token_label import token_label, token_labels
 from components.trace_view import trace_page
@@ -120,12 +119,7 @@ def submit(listing: int, reading: int, searching: int, layer: int, number: int |
 
 @callback(Output("neuron-progress", "children"), Output("neuron-ready", "data"), Input("neuron-jobs", "data"), Input("jobs-now", "data"), State("neuron-ready", "data"))
 def follow(job_id: str | None, _: Any, ready: str | None):
-    job = job_or_none(job_id)
-    if job is None or job.id == ready:
-        return no_update, no_update
-    if job.state == "done":
-        return "", job.id
-    return (job_panel(job) if job.is_active else error(job.error or f"The job was {job.state.replace('_', ' ')}."), no_update)
+    return follow_job(job_id, ready)
 
 
 def _identity(trace: Trace) -> str:

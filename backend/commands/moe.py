@@ -27,7 +27,12 @@ def register(app: typer.Typer, bar: Callable[[], Any], settings: Callable[[], An
     app.add_typer(group, name="moe")
 
     moe_ablate.register(group, bar, lambda name: _opened(settings(), name), SCHEMA)
+    _add_query(group, bar, settings, keep)
+    _add_analyze(group, bar, settings, keep)
+    _add_presets(app, group, settings)
 
+
+def _add_query(group: typer.Typer, bar: Callable[[], Any], settings: Callable[[], Any], keep: Callable[[Any], None]) -> None:
     @group.command()
     def query(
         preset: Preset,
@@ -53,6 +58,8 @@ def register(app: typer.Typer, bar: Callable[[], Any], settings: Callable[[], An
         if verbose:
             typer.echo("\n" + "\n".join(_verbose_lines(trace)))
 
+
+def _add_analyze(group: typer.Typer, bar: Callable[[], Any], settings: Callable[[], Any], keep: Callable[[Any], None]) -> None:
     @group.command()
     def analyze(
         preset: Preset,
@@ -81,6 +88,8 @@ def register(app: typer.Typer, bar: Callable[[], Any], settings: Callable[[], An
             raise LayerscopeError(f"{output} cannot be written: {error.strerror}.") from None
         typer.echo(f"{len(asked)} prompts written to {output}")
 
+
+def _add_presets(app: typer.Typer, group: typer.Typer, settings: Callable[[], Any]) -> None:
     @group.command()
     def presets(as_json: Json = False) -> None:
         """List the run presets of config/presets.toml: add your own there."""
