@@ -44,8 +44,9 @@ def run(engine: Engine, spec: Spec, out_dir: Path, *, run_id: str | None = None,
     """Do what `spec` says with `engine`, and write it to `out_dir`, which must not exist or be empty.
 
     command: argv, for the manifest; text_file: where the text lies if `spec.text` is only its name. A GGUF engine must have been opened with
-    `editable_weights`. Every seed is the spec's own: the same spec, model, text and packages give the same numbers. Raises LayerscopeError in one sentence, before anything is computed where it can be known; Cancelled. After either the
-    model is as it was, to the bit, and nothing is left on disk.
+    `editable_weights`. Every seed is the spec's own: the same spec, model, text and packages give the same numbers. Raises LayerscopeError in
+    one sentence, before anything is computed where it can be known; Cancelled. After either the model is as it was, to the bit, and nothing
+    is left on disk.
     """
     out_dir = Path(out_dir)
     check_spec(spec)
