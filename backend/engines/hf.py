@@ -7,9 +7,9 @@
     hf_graph      the whole graph as it is executed
     hf_attention  the attention function that shows scores, pattern and z
     hf_router     how routers choose experts, for edits of their scores
-    hf_weights    canonical weights in the parameters that they lie in
     hf_gradients  backward passes: gradients, and the Hessian's diagonal
     hf_native     outputs of modules by their own paths
+    hf_weights    weights by their canonical names, read or changed for a while
     hf_placement  weights in fewer bits, or on several devices
     hf_tokenizer  text and ids
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 import gc
 import inspect
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -46,7 +47,7 @@ from backend.engines import (
     never_stop,
     no_sink,
 )
-from backend.engines.hf_architecture import Weight, finished
+from backend.engines.hf_architecture import finished
 from backend.engines.hf_generic import NO_UNEMBED, Generic, find
 from backend.engines.hf_gradients import Gradients
 from backend.engines.hf_graph import EDGES, Recorder
@@ -55,11 +56,13 @@ from backend.engines.hf_placement import PACKED, arguments, quantization, stored
 from backend.engines.hf_sites import ARCHITECTURES
 from backend.engines.hf_taps import Tap, has_module, installed, to_numpy
 from backend.engines.hf_tokenizer import HfTokenizer, first_line
-from backend.engines.hf_weights import canonical, located
+from backend.engines.hf_weights import Found, perturbed
+from backend.engines.hf_weights import find as find_weight
 from backend.engines.native import NativeTensor
 from backend.engines.resid_norms import ResidNorms
 from backend.engines.sampling import check_sampling, choose
 from backend.engines.threads import prepare
+from backend.engines.weight_edits import WeightChange, Written
 from backend.errors import LayerscopeError
 from backend.files.bounded_json import read_json
 from backend.files.hf_config import CONFIG_LIMIT, model_info
@@ -201,30 +204,22 @@ class HfEngine:
 
     def weight(self, name: str, rows: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """A weight by its canonical name, a float32 copy, (out, in); experts (expert, out, in); of its first axis `rows` only. Raises LayerscopeError."""
-        entry, tensors = self._stored(name)
-        tensor = canonical(entry, tensors, self.info)
-        tensor = tensor if rows is None else tensor[rows.tolist()]
-        return to_numpy(tensor) + np.float32(entry.plus) if entry.plus else np.ascontiguousarray(to_numpy(tensor)).copy()
+        return self._found(name).read(rows)
+
+    def perturbed(self, changes: Sequence[WeightChange]) -> AbstractContextManager[tuple[Written, ...]]:
+        """See EditsWeights.perturbed. Weights that bitsandbytes packs are refused by name."""
+        return perturbed([self._found(change.name) for change in changes], changes)
+
+    def code_bits(self, name: str) -> int:
+        """See EditsWeights.code_bits."""
+        return self._found(name).code_bits
 
     def gradients(self, names: Sequence[str]) -> Gradients:
         """Backward passes of the loss over windows of tokens, for the weights of these canonical names; see hf_gradients. Raises as `weight` does."""
-        return Gradients(self._model, self._row, self.info, min(self.n_ctx, WHOLE_LIMIT), {name: self._stored(name) for name in names})
+        return Gradients(self._model, self._row, self.info, min(self.n_ctx, WHOLE_LIMIT), [self._found(name) for name in names])
 
-    def _stored(self, name: str) -> tuple[Weight, list[torch.Tensor]]:
-        """The parameters that a canonical weight lies in, with its entry of the table. Raises LayerscopeError where there are none with values."""
-        entry, paths = located(self._row, self.info, name)
-        tensors = [self._parameter(path) for path in paths]
-        if any(tensor is None for tensor in tensors):
-            raise LayerscopeError(f"{self.info.name} has no weight {name[:80]!r}.")
-        if any(tensor.is_meta or not tensor.is_floating_point() for tensor in tensors):
-            why = "it is not in memory" if any(tensor.is_meta for tensor in tensors) else PACKED
-            raise LayerscopeError(f"Weight {name[:80]!r} of {self.info.name} cannot be handed out: {why}.")
-        return entry, tensors
-
-    def _parameter(self, path: str) -> Any:
-        """A parameter or buffer by its path, or None where the model has none there."""
-        module, _, parameter = path.rpartition(".")
-        return getattr(self._model.get_submodule(module), parameter, None) if has_module(self._model, module) else None
+    def _found(self, name: str) -> Found:
+        return find_weight(self._model, self._row, self.info, name)
 
     def graph(self, n_tokens: int = GRAPH_TOKENS) -> ModelGraph:
         """The operators that PyTorch runs for `n_tokens` tokens, modules without children as one node each; see Engine.graph."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backend.engines import Request, ShouldStop, check_request, never_stop, no_sink
-from backend.engines.hf_architecture import Architecture, Weight
+from backend.engines.hf_architecture import Architecture
 from backend.engines.hf_taps import Tap, installed, to_numpy
-from backend.engines.hf_weights import canonical
+from backend.engines.hf_weights import Found
 from backend.errors import LayerscopeError
 from backend.model_info import ModelInfo
 
@@ -40,14 +40,14 @@ class Gradients:
     """What backward passes say of some weights. Each method runs over all windows and then gives (canonical name, array), in the order of the names.
 
     Arrays are float32 in the shape of the canonical weight, and belong to the receiver; two names of one tied parameter share memory, and
-    both have the gradient of that one parameter. stored: name -> where it lies. Every method raises LayerscopeError for no windows, a
+    both have the gradient of that one parameter. weights: where each lies. Every method raises LayerscopeError for no windows, a
     window shorter than 2 tokens or longer than n_ctx, a token outside the vocabulary, or a loss that is not finite; Cancelled.
     """
 
-    def __init__(self, model: nn.Module, row: Architecture, info: ModelInfo, n_ctx: int, stored: Mapping[str, tuple[Weight, list[Tensor]]]) -> None:
-        self._model, self._row, self._info, self._n_ctx, self._stored = model, row, info, n_ctx, stored
+    def __init__(self, model: nn.Module, row: Architecture, info: ModelInfo, n_ctx: int, weights: Sequence[Found]) -> None:
+        self._model, self._row, self._info, self._n_ctx, self._weights = model, row, info, n_ctx, weights
         # By identity: several canonical weights may lie in one parameter.
-        self._parameters = {id(tensor): tensor for _, tensors in stored.values() for tensor in tensors}
+        self._parameters = {id(parameter): parameter for weight in weights for parameter in weight.parameters}
 
     def mean(self, windows: Windows, should_stop: ShouldStop = never_stop, on_window: OnWindow = _unwatched) -> Named:
         """dL/dw, L the mean over all predicted tokens of all windows."""
@@ -165,13 +165,14 @@ class Gradients:
 
     def _handed_out(self, sums: dict[int, Tensor]) -> Named:
         """Each sum is freed when the last canonical weight that lies in it has been handed out."""
-        left = Counter(id(tensor) for _, tensors in self._stored.values() for tensor in tensors)
-        for name, (entry, tensors) in self._stored.items():
-            yield name, np.ascontiguousarray(to_numpy(canonical(entry, [sums[id(tensor)] for tensor in tensors], self._info)))
-            for tensor in tensors:
-                left[id(tensor)] -= 1
-                if not left[id(tensor)]:
-                    del sums[id(tensor)]
+        left = Counter(id(parameter) for weight in self._weights for parameter in weight.parameters)
+        for weight in self._weights:
+            keys = [id(parameter) for parameter in weight.parameters]
+            yield weight.name, np.ascontiguousarray(to_numpy(weight.of([sums[key] for key in keys])))
+            left.subtract(keys)
+            for key in keys:
+                if not left[key]:
+                    del sums[key]
 
 
 def hessian_products(loss: Tensor, parameters: Sequence[Tensor], signs: Iterator[list[Tensor]], probes: int) -> Iterator[tuple[list[Tensor], tuple[Tensor, ...]]]:
