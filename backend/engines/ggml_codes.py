@@ -92,18 +92,17 @@ def rewritten(type_id: int, blocks: Bytes, block: NDArray[np.int64], entry: NDAr
         return coded
     target = before.copy()
     target[block, entry] = wanted
-    anew = quantize(type_id, target[redo])
+    anew, out = quantize(type_id, target[redo]), coded.copy()
+    out[redo] = anew
+    better = _errors(type_id, out, block, entry, wanted) < _errors(type_id, coded, block, entry, wanted)
+    return np.where(better[:, None], out, coded)
 
-    def error(values: NDArray[np.float32]) -> NDArray[np.float64]:
-        of_entry = np.abs(values[block, entry].astype(np.float64) - wanted)
-        return np.bincount(block, of_entry, len(blocks))[redo]
 
-    whole = before.copy()
-    whole[redo] = values_of(type_id, anew)
-    better = error(whole) < error(values_of(type_id, coded))
-    out = coded.copy()
-    out[redo[better]] = anew[better]
-    return out
+def _errors(type_id: int, blocks: Bytes, block: NDArray[np.int64], entry: NDArray[np.int64], wanted: NDArray[np.float32]) -> NDArray[np.float64]:
+    """For each block, how far its named entries are from what was wanted, summed."""
+    errors = np.zeros(len(blocks))
+    np.add.at(errors, block, np.abs(values_of(type_id, blocks)[block, entry].astype(np.float64) - wanted))
+    return errors
 
 
 def _coded(type_id: int, codes: Codes, blocks: Bytes, block: NDArray[np.int64], entry: NDArray[np.int64],
