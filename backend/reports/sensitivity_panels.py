@@ -146,7 +146,7 @@ def _hatched(column: int, row: int) -> Rectangle:
 
 
 def _write_numbers(axes: Axes, values: NDArray[np.float64]) -> None:
-    shade = np.ma.asarray(axes.images[0].norm(np.ma.masked_invalid(values)))
+    shade: Any = np.ma.asarray(axes.images[0].norm(np.ma.masked_invalid(values)))
     for row, column in np.argwhere(np.isfinite(values)):
         dark = shade[row, column] > 0.5
         text = f"{values[row, column]:.0f}" if values[row, column] == round(values[row, column]) else f"{values[row, column]:.1e}"
