@@ -40,6 +40,16 @@ def test_agreement_by_hand() -> None:
     assert found.ci == pytest.approx((math.tanh(math.atanh(0.8) - half), math.tanh(math.atanh(0.8) + half)))
 
 
+def test_p_of_spearman_is_exact_for_few_and_never_0() -> None:
+    assert agreement([1, 2, 3, 4], [1, 2, 3, 4]).p == pytest.approx(2 / 24)
+    x, y = np.random.default_rng(1).normal(size=(2, 7))
+    oracle = scipy.stats.permutation_test((x,), lambda each: scipy.stats.spearmanr(each, y).statistic, permutation_type="pairings", n_resamples=math.inf)
+    assert agreement(x, y).p == pytest.approx(oracle.pvalue)
+    x, y = np.random.default_rng(2).normal(size=(2, 30))
+    assert agreement(x, y).p == pytest.approx(float(scipy.stats.spearmanr(x, y).pvalue))
+    assert agreement(range(12), range(12)).p == pytest.approx(2 / math.factorial(12))
+
+
 def test_agreement_of_what_does_not_vary_is_none() -> None:
     assert math.isnan(agreement([1, 1, 1, 1], [1, 2, 3, 4]).rho) and math.isnan(agreement([1, 2], [1, 2]).p)
     with pytest.raises(ValueError, match="3 scores cannot be set beside 2"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,7 +49,7 @@ _LIMITS = {"tensors": MAX_TENSORS, "layers": MAX_LAYERS, "divergence": MAX_LAYER
 
 def checked(run: SensitivityRun) -> SensitivityRun:
     """The same run. Raises LayerscopeError with the place that is not as docs/sensitivity.md says."""
-    wrong = _wrong(run.manifest, _MANIFEST, "manifest") or _wrong(run.stats, _STATS, "statistics") or _lengths(run.stats)
+    wrong = _wrong(run.manifest, _MANIFEST, "manifest") or _wrong(run.stats, _STATS, "statistics") or _lengths(run.stats) or _top(run)
     if wrong:
         raise LayerscopeError(f"The run in {run.folder} is damaged: {wrong}.")
     return run
@@ -99,4 +100,21 @@ def _lengths(stats: dict[str, Any]) -> str:
     for pair in (stats.get("stability") or {"pairs": []})["pairs"]:
         if not all(key.isdigit() and _is(value, _NUMBER) for key, value in pair["jaccard"].items()):
             return "a Jaccard overlap of the stability check is no number at a whole k"
+    return ""
+
+
+def _top(run: SensitivityRun) -> str:
+    """The top weights are of tensors that were ranked, and no more of one than it has."""
+    sizes = {row["name"]: row["n"] for row in run.stats["tensors"]}
+    layers = {row["name"]: row["layer"] for row in run.stats["tensors"]}
+    if len(sizes) < len(run.stats["tensors"]):
+        return "a tensor comes twice"
+    kept = Counter(row["name"] for row in run.top)
+    for row in run.top:
+        if layers.get(row["name"], -1) != row["layer"] or row["rank"] is None or row["row"] is None or row["column"] is None:
+            return f"a top weight of {row['name'][:60]!r} lacks its place, or is of no tensor that was ranked"
+        if not all(row[key] is None or math.isfinite(row[key]) for key in ("value", "score", "percentile")):
+            return f"a top weight of {row['name'][:60]!r} has a number that is not finite"
+    if name := next((name for name, n in kept.items() if n > sizes[name]), None):
+        return f"{kept[name]:,} top weights are of {name[:60]!r}, which has {sizes[name]:,}"
     return ""
