@@ -14,8 +14,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from backend.analysis.sensitivity_profiles import Profile, pooled, profile
+from backend.analysis.sensitivity_profiles import Profile, pooled
 from backend.reports.plot_style import DOUBLE, INK, LINES, SEQUENTIAL, figure, grid, label, line
+from backend.reports.sensitivity_check import ranked
 from backend.reports.sensitivity_run import SensitivityRun
 
 # What a metric's score is, as an axis says it. L is in nats, so is everything that is made of it.
@@ -35,14 +36,6 @@ _WRITTEN = 8  # layers up to which the cells of a heatmap have room for their nu
 def score_label(run: SensitivityRun) -> str:
     metric = run.stats["metric"]
     return f"score, {SCORES[metric]}" if metric in SCORES else f"score of {label(metric, 30)}"
-
-
-def ranked(run: SensitivityRun) -> Profile:
-    """The run's tensors that lie in a layer."""
-    rows = [row for row in run.stats["tensors"] if row["layer"] is not None]
-    columns = {key: [row[key] for row in rows] for key in ("component", "layer", "n", "n_top")}
-    mean, best = (np.array([row[key] for row in rows], dtype=float) for key in ("mean", "max"))
-    return profile(columns["component"], columns["layer"], columns["n"], mean, best, columns["n_top"])
 
 
 def distribution(run: SensitivityRun) -> Figure:

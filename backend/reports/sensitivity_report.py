@@ -85,7 +85,8 @@ class _Pages(Canvas):
 
     def __init__(self, *args: Any, footer: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._footer, self._states = footer, []
+        self._footer = footer
+        self._states: list[dict[str, Any]] = []
 
     def showPage(self) -> None:
         self._states.append(dict(self.__dict__))
