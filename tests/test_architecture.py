@@ -60,7 +60,7 @@ def test_nothing_heavy_is_imported_before_an_engine_opens():
 
 def test_documents_are_set_where_they_are_written():
     """matplotlib and reportlab take a second to load: only what prints has them, and nothing else loads that at its top."""
-    writers = {"plot_style", "sensitivity_panels", "sensitivity_effects", "sensitivity_plots", "sensitivity_text", "sensitivity_report", "sensitivity_compared"}
+    writers = {"plot_style", "plot_on_page", "sensitivity_panels", "sensitivity_effects", "sensitivity_plots", "sensitivity_text", "sensitivity_report", "sensitivity_compared"}
     for folder in ("backend", "components", "pages", "config", "app.py"):
         direct = {line.split(":")[0] for line in offenders(folder, ("matplotlib", "reportlab"))}
         assert direct <= {f"backend/reports/{name}.py" for name in writers}, direct

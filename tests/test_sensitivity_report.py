@@ -154,6 +154,7 @@ def test_the_document_holds_the_numbers(tmp_path: Path) -> None:
         assert f"{max(row['score'] for row in run.top):.4g}" in said, "the largest score"
     assert "multiply perplexity: top k by 3.20 (95 % CI 3.04 to 3.36)" in said
     assert "python -m backend sensitivity" in said and "corrected by Holm within each family of tests" in said
+    assert said.count("perplexity / baseline (4.48)") == 3 and "80 top weights" in said, "figures are text, too"
     assert "3. other, magnitude" in said and "7 components at 4 relative depths" in said
     pages = re.findall(r"Page (\d+) of (\d+)", said)
     assert [int(page) for page, _ in pages] == list(range(1, int(pages[0][1]) + 1))

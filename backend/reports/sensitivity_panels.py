@@ -44,9 +44,12 @@ def distribution(run: SensitivityRun) -> Figure:
     edges = _common_edges(rows)
     made = figure(DOUBLE, 2.75)
     left, right = made.subplots(1, 2)
-    components = list(dict.fromkeys(row["component"] for row in rows))
-    for i, component in enumerate(components):
-        share = _share([row for row in rows if row["component"] == component], edges)
+    components = list(dict.fromkeys(row["component"] for row in run.stats["tensors"]))
+    for i, component in enumerate(components):  # one without scores keeps its colour for the other figures
+        mine = [row for row in rows if row["component"] == component]
+        if not mine:
+            continue
+        share = _share(mine, edges)
         left.stairs(share / np.diff(edges), 10**edges, label=label(component, 24), linewidth=1.0, **line(i))
     left.set(xscale="log", xlabel=score_label(run), ylabel="share of weights per decade", title="By component, all layers", ylim=(0, None))
     layers = sorted({row["layer"] for row in rows if row["layer"] is not None})

@@ -20,11 +20,12 @@ from reportlab.lib.units import mm
 from reportlab.pdfbase import pdfmetrics
 from reportlab.pdfbase.ttfonts import TTFont
 from reportlab.pdfgen.canvas import Canvas
-from reportlab.platypus import Flowable, Image, KeepTogether, PageBreak, Paragraph, SimpleDocTemplate, Spacer, Table, TableStyle
+from reportlab.platypus import Flowable, KeepTogether, PageBreak, Paragraph, SimpleDocTemplate, Spacer, Table, TableStyle
 
 from backend.errors import LayerscopeError
 from backend.reports import sensitivity_text as text
-from backend.reports.plot_style import FONTS, INK, LINE, QUIET, drawing, printable, save
+from backend.reports.plot_on_page import PlotOnPage
+from backend.reports.plot_style import FONTS, INK, LINE, QUIET, drawing, printable
 from backend.reports.sensitivity_check import checked
 from backend.reports.sensitivity_compare import MAX_RUNS, compare_runs
 from backend.reports.sensitivity_compared import comparison_tables
@@ -70,13 +71,15 @@ def report_bytes(runs: Sequence[SensitivityRun], correction: str = "holm") -> by
     made = io.BytesIO()
     document = SimpleDocTemplate(made, pagesize=A4, leftMargin=_MARGIN, rightMargin=_MARGIN, topMargin=16 * mm, bottomMargin=18 * mm, invariant=1,
                                  title="Sensitivity report", author="Layerscope", subject=printable("; ".join(run.label for run in runs), 200))  # fmt: skip
-    story = list(_front(runs))
-    for i, run in enumerate(runs, 1):
-        story += _run(i, run)
-    if compared:
-        story += _comparison(compared)
-    story += _limits(compared)
-    document.build(story, canvasmaker=partial(_Pages, footer=f"Layerscope {printable(str(runs[0].manifest.get('layerscope', '')), 20)}, sensitivity report"))
+    footer = f"Layerscope {printable(str(runs[0].manifest.get('layerscope', '')), 20)}, sensitivity report"
+    with drawing():  # figures are drawn when their page is
+        story = list(_front(runs))
+        for i, run in enumerate(runs, 1):
+            story += _run(i, run)
+        if compared:
+            story += _comparison(compared)
+        story += _limits(compared)
+        document.build(story, canvasmaker=partial(_Pages, footer=footer))
     return made.getvalue()
 
 
@@ -136,8 +139,7 @@ def _run(i: int, run: SensitivityRun) -> Iterator[Flowable]:
     yield _text(text.command(run), "code")
     without = left_out(run)
     rows, remark = text.top_rows(run)
-    yield _text("Ranking", "h2")
-    yield from _figures(run, ("sensitivity_distribution", "layer_comparison", "sensitivity_heatmap"), without)
+    yield from _figures(run, ("sensitivity_distribution", "layer_comparison", "sensitivity_heatmap"), without, "Ranking")
     if len(rows) > 1:
         yield _text(f"Top {len(rows) - 1} weights", "h2")
         yield _table(rows, (2,))
@@ -145,31 +147,28 @@ def _run(i: int, run: SensitivityRun) -> Iterator[Flowable]:
     for heading, part, table, names in _PARTS:
         if not run.stats.get(part):
             continue
-        yield _text(heading, "h2")
         if table:
+            yield _text(heading, "h2")
             rows = table(run.stats[part])
             yield _table(rows, _words(rows)) if len(rows) > 1 else _text("Nothing was found.")
             if part in _REMARKS:
                 yield _text(_REMARKS[part], "remark")
-        yield from _figures(run, names, without)
+        yield from _figures(run, names, without, "" if table else heading)
     notes = [*run.manifest["notes"], *(f"There is no figure {name}: {why}." for name, why in without.items())]
     if notes:
         yield _text("Notes on this run", "h2")
         yield from (_text(f"\u2022 {note}") for note in notes)
 
 
-def _figures(run: SensitivityRun, names: Sequence[str], without: dict[str, str]) -> Iterator[Flowable]:
+def _figures(run: SensitivityRun, names: Sequence[str], without: dict[str, str], heading: str = "") -> Iterator[Flowable]:
+    """heading: over the first figure, and never parted from it."""
     for name in names:
         if name in without:
             continue
-        picture = io.BytesIO()
-        with drawing():
-            made = PLOTS[name].draw(run)
-            save(made, picture, "png")
-            width, height = (72 * each for each in made.get_size_inches())
-        scale = min(1.0, _WIDTH / width)
-        image = Image(picture, width * scale, height * scale, hAlign="LEFT")
-        yield KeepTogether([Spacer(1, 4), image, _text(text.caption(run, name), "caption")])
+        figure = PlotOnPage(PLOTS[name].draw(run), _WIDTH, ("Report", "Report-Bold"))
+        above = [_text(heading, "h2")] if heading else [Spacer(1, 4)]
+        yield KeepTogether([*above, figure, _text(text.caption(run, name), "caption")])
+        heading = ""
 
 
 def _comparison(compared: dict[str, Any]) -> Iterator[Flowable]:
