@@ -31,9 +31,9 @@ from backend.reports.sensitivity_run import SensitivityRun, open_run
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "models"
-OPTIONS = OpenOptions(device="cpu", n_gpu_layers=0, kv_cache="f32", n_threads=2, editable_weights=True)
-SMALL = Spec("demo-dense", topk=20, seeds=(0, 1), max_samples=8, max_length=64)
-WIDE = dataclasses.replace(SMALL, topk=100, max_samples=12, max_length=128)
+OPTIONS = OpenOptions(device="cpu", n_gpu_layers=0, kv_cache="f32", n_threads=1, editable_weights=True)
+SMALL = Spec("demo-dense", topk=20, seeds=(0, 1), max_samples=4, max_length=48)
+WIDE = dataclasses.replace(SMALL, topk=100, seeds=(0,), max_samples=16, max_length=256)
 
 Opened = Callable[[str], Engine]
 
@@ -185,16 +185,17 @@ def test_an_outcome_counts_what_the_format_made_of_the_changes() -> None:
     assert broken["changed"] == 1 and broken["not_representable"] == 0 and broken["worst_representation"] == 0
 
 
-# Measured with these windows: hf 1.23 | 1.000 | 1.000, f16 1.14 | 1.001 | 1.000, q4_k_m 1.16 | 1.001 | 1.000.
-@pytest.mark.parametrize(("name", "metric"), [("demo-dense", "grad_x_weight"), ("demo-dense-f16", "magnitude"), ("demo-dense-q4_k_m", "magnitude")])
-def test_the_best_weights_hurt_more_than_random_ones_and_those_no_less_than_the_least(opened: Opened, tmp_path: Path, name: str, metric: str) -> None:
+# Measured with these windows, top | random | bottom: hf 1.208 | 0.9998, 0.9995 | 1.0000, q4_k_m 1.2 | 1.003 | 1.0000.
+@pytest.mark.parametrize(("name", "metric"), [("demo-dense", "grad_x_weight"), ("demo-dense-q4_k_m", "magnitude")])
+def test_the_best_weights_hurt_far_more_than_random_ones_and_the_least_do_not_at_all(opened: Opened, tmp_path: Path, name: str, metric: str) -> None:
     engine = opened(name)
     windows = texts.read_text(engine, "", 2, 64).windows
     before = evaluate(engine, windows).nll
     found = run(engine, dataclasses.replace(WIDE, model=name, metric=metric), tmp_path / "run")
     ratios = effects(found)
-    assert ratios["top_k"][0] > 1.08 > 1.01 > max(ratios["random_k"])
-    assert np.mean(ratios["random_k"]) >= ratios["bottom_k"][0] - 1e-4
+    assert ratios["top_k"][0] > 1.1 > 1.01 > max(ratios["random_k"]) and min(ratios["random_k"]) > 0.995
+    # Random weights and the least do next to nothing: which of two such numbers is the larger is chance.
+    assert abs(ratios["bottom_k"][0] - 1) < 5e-4 and np.mean(ratios["random_k"]) > ratios["bottom_k"][0] - 1e-3
     low, high = found.stats["perturbation"]["runs"][0]["ci"]
     assert 1.03 < low < ratios["top_k"][0] < high
     assert {row["n"] for row in found.stats["perturbation"]["runs"]} == {400}
@@ -263,17 +264,17 @@ def test_pruning_that_would_not_fit_is_refused_before_anything_is_changed(hf: En
 
 
 def test_divergence_is_measured_on_as_many_windows_as_may_be_kept(hf: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pruning, "MAX_STREAM_BYTES", 3 * 4 * 64 * 256 * 4)
+    monkeypatch.setattr(pruning, "MAX_STREAM_BYTES", 3 * 4 * 48 * 256 * 4)
     found = run(hf, dataclasses.replace(SMALL, metric="magnitude", prune=(0.5,)), tmp_path / "run")
-    assert any("first 3 of 8 windows" in note for note in found.manifest["notes"]) and all(found.stats["pruning"]["rows"][0]["divergence"])
+    assert any("first 3 of 4 windows" in note for note in found.manifest["notes"]) and all(found.stats["pruning"]["rows"][0]["divergence"])
 
 
 def test_stability_compares_seeds_halves_and_metrics(hf: Engine, tmp_path: Path) -> None:
     spec = dataclasses.replace(SMALL, metric="wanda", stability_check=True, components=("attn.W_O",))
     found = run(hf, spec, tmp_path / "run").stats["stability"]
     assert found["ks"] == [2, 5, 10, 20]
-    assert [(pair["kind"], pair["a"], pair["b"]) for pair in found["pairs"]] == [
-        ("seed", "0", "1"), ("sample", "half 1", "half 2"), ("metric", "wanda", "magnitude"), ("metric", "wanda", "grad_x_weight"), ("metric", "wanda", "grad_squared")]  # fmt: skip
+    kinds = [(pair["kind"], pair["a"], pair["b"]) for pair in found["pairs"]]
+    assert kinds == [("seed", "0", "1"), ("sample", "half 1", "half 2"), *(("metric", "wanda", other) for other in ("magnitude", "grad_x_weight", "grad_squared"))]
     assert all(0 <= value <= 1 for pair in found["pairs"] for value in pair["jaccard"].values())
     # Norms of the inputs differ little between halves of one text: that agrees far better than another metric does.
     assert found["pairs"][1]["jaccard"]["20"] > 0.5 > found["pairs"][4]["jaccard"]["20"]
@@ -297,7 +298,7 @@ def test_the_folder_is_what_the_format_says_and_repeats_to_the_byte(hf: Engine, 
     assert open_run(found.folder).id == "0" * 26 and found.manifest["command"] == ["python", "-m", "backend"]
     assert json.loads(json.dumps(spec.to_json())) == found.manifest["spec"]
     assert {"numpy", "torch", "transformers"} <= found.manifest["packages"].keys() and {"baseline", "ranking", "perturbation"} <= found.manifest["seconds"].keys()
-    assert found.manifest["text"] == {"name": "bundled", "sha256": found.manifest["text"]["sha256"], "n_windows": 8, "n_tokens": 512, "window": 64}
+    assert found.manifest["text"] == {"name": "bundled", "sha256": found.manifest["text"]["sha256"], "n_windows": 4, "n_tokens": 192, "window": 48}
     assert [row["name"] for row in found.stats["tensors"]] == [f"blocks.{layer}.{component}" for layer in (1, 2) for component in ("attn.W_V", "mlp.W_out")]
     flow = found.stats["gradient_flow"]
     assert (flow["layers"], flow["components"], np.shape(flow["norm"])) == ([1, 2], ["attn.W_V", "mlp.W_out"], (2, 2))

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from backend.commands import sensitivity_compare
 from backend.errors import LayerscopeError
 from backend.experiments.sensitivity import METRICS, PERTURBATIONS, Spec
 
@@ -24,6 +25,7 @@ def register(app: typer.Typer, bar: Callable[[], Any]) -> None:
     group = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
     app.add_typer(group, name="sensitivity")
     _add_run(group, bar)
+    sensitivity_compare.register(group)
 
 
 def _add_run(group: typer.Typer, bar: Callable[[], Any]) -> None:

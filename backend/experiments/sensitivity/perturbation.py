@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from backend.engines import Engine, ShouldStop, never_stop
 from backend.engines.weight_edits import WeightChange, Written
 from backend.experiments import Progress, no_progress
-from backend.experiments.sensitivity import Spec
+from backend.experiments.sensitivity import GRADIENT_METRICS, Spec
 from backend.experiments.sensitivity.checks import flippable
 from backend.experiments.sensitivity.contracts import Chosen, Losses, Ranking
 from backend.experiments.sensitivity.perplexity import compared, described, evaluate, finite
@@ -41,6 +41,9 @@ def perturb(engine: Engine, ranking: Ranking, spec: Spec, windows: Sequence[Sequ
             found = evaluate(engine, windows, stage=stage, progress=progress, should_stop=should_stop)
         shown = seed if spec.perturb != "gaussian" else noise
         runs.append({"selection": selection, "seed": shown, "n": len(chosen.at), **compared(found, baseline), **outcome(written)})
+        if selection == "top_k" and spec.metric in GRADIENT_METRICS and runs[-1]["ci"] and runs[-1]["ci"][1] < 1:
+            notes.append(f"The loss fell when {spec.perturb} was done to the top weights: {spec.metric} ranks by the size of a change of the loss on this very text, and of a "
+                         f"short text that may be a fall; take more windows than {len(windows):,}.")  # fmt: skip
         if runs[-1]["nll"] is None:
             notes.append(f"The loss is not finite after {spec.perturb} of {selection}{'' if seed is None else f', seed {seed}'}: the model is broken, and there is no ratio.")
     return {"op": spec.perturb, "scale": spec.perturb_scale, "bit": spec.bit, "baseline": described(baseline), "runs": runs}, notes
