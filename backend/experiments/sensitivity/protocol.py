@@ -89,7 +89,7 @@ class _Run:
             "stability": self._when(spec.stability_check, "stability", self._stability),
             "pruning": self._when(bool(spec.prune), "pruning", lambda: self._pruning(baseline, folder)),
             "gradient_flow": self._when(spec.gradient_flow, "gradient_flow", lambda: gradient_flow(self.engine, self.text.windows, self.names, **self._watched)),
-            "super_weights": self._when(spec.super_weights, "super_weights", lambda: search(self.engine, self.text.windows, baseline=baseline, seed=spec.seeds[0], **self._watched)),
+            "super_weights": self._when(spec.super_weights, "super_weights", lambda: self._super_weights(baseline)),
         }  # fmt: skip
 
     @property
@@ -118,6 +118,9 @@ class _Run:
         scores = scored(self.engine, self.text.windows, spec.metric, self.names, spec.seeds[0], spec.probes, **self._watched)
         found = masks(scores, spec.metric, spec.prune, self.should_stop)
         return self._noted(prune(self.engine, found, spec.metric, self.text.windows, baseline, folder, **self._watched))
+
+    def _super_weights(self, baseline: Losses) -> dict[str, Any]:
+        return search(self.engine, self.text.windows, baseline=baseline, seed=self.spec.seeds[0], **self._watched)
 
     def _noted(self, found: tuple[dict[str, Any], list[str]]) -> dict[str, Any]:
         self.notes += found[1]
