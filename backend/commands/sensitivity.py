@@ -17,6 +17,7 @@ from backend.experiments.sensitivity import METRICS, PERTURBATIONS, Spec
 _D = Spec("")
 _FORMATS = ("png", "pdf", "svg")
 _METRICS_HELP, _PERTURB_HELP = (", ".join(names) for names in (METRICS, PERTURBATIONS))
+_PART_OF = {"stability_analysis": "stability"}  # figure -> its part of the statistics, where that has another name; one that nobody asked for is not missed
 _LARGEST = 10  # top weights that the text form lists
 
 
@@ -95,7 +96,9 @@ def _run(spec: Spec, out_dir: Path, bar: Callable[[], Any], formats: tuple[str, 
         from backend.reports.sensitivity_plots import left_out, save_plots
 
         progress("drawing", 0, 1)
-        return found, [path.name for path in save_plots(found, out_dir, formats)], [f"{name} is not drawn: {why}." for name, why in left_out(found).items()]
+        paths = save_plots(found, out_dir, formats)
+        missing = [f"{name} is not drawn: {why}." for name, why in left_out(found).items() if found.stats.get(_PART_OF.get(name, name), 0) is not None]
+        return found, [path.name for path in paths], missing
 
 
 def _names(text: str | None) -> tuple[str, ...]:
