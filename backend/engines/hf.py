@@ -7,6 +7,7 @@
     hf_graph      the whole graph as it is executed
     hf_attention  the attention function that shows scores, pattern and z
     hf_router     how routers choose experts, for edits of their scores
+    hf_gradients  backward passes: gradients, and the Hessian's diagonal
     hf_native     outputs of modules by their own paths
     hf_weights    weights by their canonical names, read or changed for a while
     hf_placement  weights in fewer bits, or on several devices
@@ -48,6 +49,7 @@ from backend.engines import (
 )
 from backend.engines.hf_architecture import finished
 from backend.engines.hf_generic import NO_UNEMBED, Generic, find
+from backend.engines.hf_gradients import Gradients
 from backend.engines.hf_graph import EDGES, Recorder
 from backend.engines.hf_native import Natives, listed
 from backend.engines.hf_placement import PACKED, arguments, quantization, stored_bits
@@ -211,6 +213,10 @@ class HfEngine:
     def code_bits(self, name: str) -> int:
         """See EditsWeights.code_bits."""
         return self._found(name).code_bits
+
+    def gradients(self, names: Sequence[str]) -> Gradients:
+        """Backward passes of the loss over windows of tokens, for the weights of these canonical names; see hf_gradients. Raises as `weight` does."""
+        return Gradients(self._model, self._row, self.info, min(self.n_ctx, WHOLE_LIMIT), [self._found(name) for name in names])
 
     def _found(self, name: str) -> Found:
         return find_weight(self._model, self._row, self.info, name)
