@@ -145,7 +145,7 @@ def super_weights(run: SensitivityRun) -> Figure:
     if worst:
         right.axvline(worst, color=QUIET, linewidth=0.8, linestyle=":", label=f"worst of {part['random']['n']:,} random weights")
         right.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0))  # beside the title, where no point can be
-    right.set(ylim=(len(shown) - 0.5, -0.5), xlabel="perplexity / baseline", title="Set to 0, one at a time")
+    right.set(ylim=(len(shown) - 0.5, -0.5), xlabel="perplexity / baseline", title="Each set to 0")
     _ratio_axis(right, "x", shown, worst or 1.0)
     right.tick_params(axis="y", length=0)
     for axes in (left, right):
