@@ -1,0 +1,58 @@
+"""The card that compares this trace's routing with another's: another prompt, another quantization, another engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from dash import Input, Output, State, callback, dcc, html
+
+from backend.errors import LayerscopeError
+from backend.reports.routing import compare
+from backend.trace import Trace
+from components import moe_values as values
+from components.card import card
+from components.figures import moe as figures
+from components.figures.theme import no_figure
+from components.graph import graph, graph_tools
+from components.moe_tables import alike_table, compared_words
+from components.services import services
+
+ABOUT_COMPARE = (
+    "For the same tokens: the share of tokens whose set of k experts differs (experts), whose first choice does, and the share of all tokens × k choices that the other trace "
+    "did not make. For any two traces: cosine, Pearson correlation and Jensen-Shannon "
+    "divergence (nats, at most ln 2) of how often each expert was chosen.",
+    "From the second layer with experts on, other experts are also chosen because the layers before gave other values.",
+)  # fmt: skip
+
+
+def against_card(trace: Trace, asked: str | None) -> html.Section:
+    """The card; asked: the id of the other trace in the page's address."""
+    others = values.others(trace)
+    against = asked if any(each["value"] == asked for each in others) else values.NONE
+    options: Any = [{"value": values.NONE, "label": "nothing"}, *others]
+    pick = dcc.Dropdown(options, against, id="moe-against", clearable=False, className="picker-prompt moe-against")
+    form = html.Div(html.Label([html.Span("With the trace"), pick]), className="controls moe-form")
+    pair = [graph("moe-change", height=260), html.Div(id="moe-alike", className="table-scroll table-tall")]
+    body = html.Div(pair, id="moe-compared", className="moe-compared", hidden=against == values.NONE)
+    return card("Against another trace", [form, html.P(id="moe-sentence", className="moe-sentence"), body], "", graph_tools("moe-change", "routing-change"), list(ABOUT_COMPARE),
+                className="wide")  # fmt: skip
+
+
+@callback(
+    Output("moe-change", "figure"), Output("moe-alike", "children"), Output("moe-sentence", "children"), Output("moe-compared", "hidden"),
+    Input("moe-against", "value"), Input("moe-layer", "value"), Input("theme", "data"), State("page-state", "data"),
+)  # fmt: skip
+def show_comparison(against: str, layer: int, theme: str, page: dict[str, Any]):
+    waiting = no_figure(theme, "The tokens of the two traces differ, so that only loads can be compared.")
+    if not against or against == values.NONE:
+        return waiting, "", "Choose another trace of a model with as many experts: another prompt, another quantization, or another engine.", True
+    try:
+        trace, other = services().library.open(page["trace"]), services().library.open(against)
+        found = compare(trace, other)
+    except LayerscopeError as problem:
+        return waiting, "", str(problem), True
+    changes = [(each.layer, each.change.share, each.change.first.mean()) for each in found if each.change is not None]
+    if changes:
+        waiting = figures.change_lines([at for at, _, _ in changes], np.array([share for _, share, _ in changes]), np.array([first for _, _, first in changes]), layer, theme)
+    return waiting, alike_table(found, layer), compared_words(trace, other, found), False
