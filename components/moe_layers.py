@@ -57,12 +57,14 @@ def repeats_card() -> html.Section:
 draws("moe-measures")
 
 
-@callback(
-    Output("moe-load", "figure"), Output("moe-repeats", "figure"),
-    Input("moe-layer", "value"), Input("theme", "data"), State("page-state", "data"),
-)  # fmt: skip
-def show_layers(layer: int, theme: str, page: dict[str, Any]):
-    trace = services().library.open(page["trace"])
+OUTPUTS = {
+    "load": Output("moe-load", "figure"), "repeats": Output("moe-repeats", "figure"), "measures": Output("moe-measures-drawing", "data"),
+    "said": Output("moe-measures-said", "children"),
+}  # fmt: skip
+
+
+def draw(trace: Trace, layer: int, theme: str) -> dict[str, Any]:
+    """What the three cards show; keys are those of OUTPUTS."""
     layers, n = routing_layers(trace), trace.info.n_experts
     indices = [trace["expert_indices", each] for each in layers]
     load = figures.load_heatmap(np.stack([moe.expert_counts(each, n) for each in indices]), layers, layer, theme)
@@ -70,19 +72,9 @@ def show_layers(layer: int, theme: str, page: dict[str, Any]):
         kept = figures.repeat_lines([moe.repeats(each, n) for each in indices], layers, indices[0].shape[1], layer, theme)
     else:
         kept = no_figure(theme, "A single token follows no other.")
-    return load, kept
-
-
-@callback(Output("moe-measures-drawing", "data"), Output("moe-measures-said", "children"), Input("moe-layer", "value"), Input("theme", "data"), State("page-state", "data"))
-def show_measures(layer: int, _: str, page: dict[str, Any]):
-    """On its own: it reads the router's scores of every layer, which takes longer than the pictures do.
-
-    The theme is an input because Dash does not call, when a page opens, what depends only on outputs of callbacks that wait for a click.
-    """
-    trace = services().library.open(page["trace"])
-    n, k = trace.info.n_experts, trace["expert_indices", layer].shape[1]
+    k = indices[0].shape[1]
     said = f"{trace.n_tokens:,} tokens, {k} of {n} experts each. An even load has entropy ln {n} = {np.log(n):.3f}, Gini 0, CV 0, balance 1, Switch loss 1."
-    return elements(measures_table(values.measures(trace), n, layer)), said
+    return {"load": load, "repeats": kept, "measures": elements(measures_table(values.measures(trace), n, layer)), "said": said}
 
 
 @callback(Output("moe-layer", "value", allow_duplicate=True), Input("moe-load", "clickData"), State("page-state", "data"), prevent_initial_call=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from dash import Input, Output, State, callback, html
+from dash import Output, html
 
 from backend.analysis import moe
 from backend.reports.routing import routing_layers
@@ -14,7 +14,6 @@ from components.card import card
 from components.figures import moe as figures
 from components.figures.theme import no_figure
 from components.graph import graph, graph_tools
-from components.services import services
 
 ABOUT_TOGETHER = (
     "Of the tokens that chose the expert of the row, the share that also chose the one of the column: N_ij / N_i (Muennighoff et al. 2024, OLMoE). All pairs of the k chosen "
@@ -39,23 +38,26 @@ def _square(trace: Trace) -> int:
     return 330 if trace.info.n_experts <= 32 else 430
 
 
-@callback(
-    Output("moe-together", "figure"), Output("moe-together-said", "children"), Output("moe-next", "figure"), Output("moe-next-said", "children"),
-    Input("moe-layer", "value"), Input("theme", "data"), State("page-state", "data"),
-)  # fmt: skip
-def show_pairs(layer: int, theme: str, page: dict[str, Any]):
-    trace = services().library.open(page["trace"])
+OUTPUTS = {
+    "together": Output("moe-together", "figure"), "together_said": Output("moe-together-said", "children"), "next": Output("moe-next", "figure"),
+    "next_said": Output("moe-next-said", "children"),
+}  # fmt: skip
+
+
+def draw(trace: Trace, layer: int, theme: str) -> dict[str, Any]:
+    """What the two cards show; keys are those of OUTPUTS."""
     indices, n = trace["expert_indices", layer], trace.info.n_experts
     if indices.shape[1] > 1:
         counts = moe.co_activation(indices, n)
         together = figures.expert_pairs(moe.co_activation_share(indices, n), counts, "expert", "also expert", "share of the row's tokens", theme)
     else:
         together = no_figure(theme, "Each token has one expert only.")
+    said = f"Layer {layer}, all pairs; a row without colour is an expert that no token chose."
     later = [each for each in routing_layers(trace) if each > layer]
     if not later:
-        return together, f"Layer {layer}.", no_figure(theme, "No layer with experts follows."), f"From layer {layer}."
+        return {"together": together, "together_said": said, "next": no_figure(theme, "No layer with experts follows."), "next_said": f"From layer {layer}."}
     moved = moe.transitions(indices, trace["expert_indices", later[0]], n)
     total = moved.sum(axis=1, keepdims=True)
     share = np.divide(moved, total, out=np.full(moved.shape, np.nan), where=total > 0)
     after = figures.expert_pairs(share, moved, f"layer {layer}, expert", f"layer {later[0]}, expert", "share of the row's tokens", theme)
-    return together, f"Layer {layer}, all pairs; a row without colour is an expert that no token chose.", after, f"First choices of layers {layer} and {later[0]}."
+    return {"together": together, "together_said": said, "next": after, "next_said": f"First choices of layers {layer} and {later[0]}."}

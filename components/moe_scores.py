@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from dash import Input, Output, State, callback, html
+from dash import Output, html
 from numpy.typing import NDArray
 
 from backend.analysis import moe
@@ -14,9 +14,7 @@ from components import moe_values as values
 from components.card import card
 from components.figures import moe as figures
 from components.figures.theme import no_figure
-from components.follow_token import position_in
 from components.graph import graph, graph_tools
-from components.services import services
 
 ABOUT_PROBS = (
     "What the router gave every expert before the choice: softmax of its logits over all experts (sigmoid in DeepSeek V3, where a row does not sum to 1).",
@@ -40,14 +38,15 @@ def margins_card() -> html.Section:
     return card("Margin of the choice", graph("moe-margins", height=280), html.Span("", id="moe-margins-said"), graph_tools("moe-margins", "margins"), list(ABOUT_MARGIN))
 
 
-@callback(
-    Output("moe-probs", "figure"), Output("moe-probs-said", "children"), Output("moe-margins", "figure"), Output("moe-margins-said", "children"),
-    Input("moe-layer", "value"), Input("position", "data"), Input("theme", "data"), State("page-state", "data"),
-)  # fmt: skip
-def show_scores(layer: int, position: int | None, theme: str, page: dict[str, Any]):
-    trace = services().library.open(page["trace"])
-    at, routing = position_in(trace, position), trace.routing(layer)
-    start, stop = values.window(trace, at)
+OUTPUTS = {
+    "probs": Output("moe-probs", "figure"), "probs_said": Output("moe-probs-said", "children"), "margins": Output("moe-margins", "figure"),
+    "margins_said": Output("moe-margins-said", "children"),
+}  # fmt: skip
+
+
+def draw(trace: Trace, layer: int, at: int, theme: str) -> dict[str, Any]:
+    """What the two cards show around position `at`; keys are those of OUTPUTS."""
+    (start, stop), routing = values.window(trace, at), trace.routing(layer)
     labels = values.labels(trace, start, stop)
     if routing.probs is None:
         probs, said = no_figure(theme, "This trace holds no router_probs."), f"Layer {layer}."
@@ -56,9 +55,11 @@ def show_scores(layer: int, position: int | None, theme: str, page: dict[str, An
         said = f"Layer {layer}: one row an expert, one column a token. {values.shown(trace, start, stop)}"
     scores, unit = (routing.logits, "logits") if routing.logits is not None else (routing.probs, "probability")
     if scores is None:
-        return probs, said, no_figure(theme, "This trace holds neither router_logits nor router_probs."), f"Layer {layer}."
-    margins = moe.margins(scores, routing.indices)
-    return probs, said, figures.margin_bars(margins[start:stop], labels, start, at, unit, theme), margin_words(layer, margins, moe.ties(scores, routing.indices))
+        bars, words = no_figure(theme, "This trace holds neither router_logits nor router_probs."), f"Layer {layer}."
+    else:
+        margins = moe.margins(scores, routing.indices)
+        bars, words = figures.margin_bars(margins[start:stop], labels, start, at, unit, theme), margin_words(layer, margins, moe.ties(scores, routing.indices))
+    return {"probs": probs, "probs_said": said, "margins": bars, "margins_said": words}
 
 
 def margin_words(layer: int, margins: NDArray[np.floating], ties: list[tuple[int, list[int]]]) -> str:

@@ -52,40 +52,30 @@ for _id in ("moe-strip", "moe-legend", "moe-tokens"):
     draws(_id)
 
 
-@callback(
-    Output("moe-map", "figure"), Output("moe-map-said", "children"),
-    Input("moe-layer", "value"), Input("position", "data"), Input("theme", "data"), State("page-state", "data"),
-)  # fmt: skip
-def show_map(layer: int, position: int | None, theme: str, page: dict[str, Any]):
-    trace = services().library.open(page["trace"])
-    at = position_in(trace, position)
-    start, stop = values.window(trace, at)
-    figure = figures.first_choice_map(values.chosen_experts(trace), values.labels(trace, start, stop), start, (layer, at), theme)
-    return figure, f"One row a layer, one column a token; colour is the first expert. {values.shown(trace, start, stop)}Click a cell to choose its layer and token."
+OUTPUTS = {
+    "map": Output("moe-map", "figure"), "map_said": Output("moe-map-said", "children"), "strip": Output("moe-strip-drawing", "data"),
+    "legend": Output("moe-legend-drawing", "data"), "title": Output("moe-strip-title", "children"), "said": Output("moe-strip-said", "children"),
+}  # fmt: skip
+TEXT_OUTPUTS = {"tokens": Output("moe-tokens-drawing", "data"), "said": Output("moe-tokens-said", "children")}
 
 
-@callback(
-    Output("moe-strip-drawing", "data"), Output("moe-legend-drawing", "data"), Output("moe-strip-title", "children"), Output("moe-strip-said", "children"),
-    Input("moe-layer", "value"), Input("position", "data"), Input("theme", "data"), State("page-state", "data"),
-)  # fmt: skip
-def show_strip(layer: int, position: int | None, theme: str, page: dict[str, Any]):
-    trace = services().library.open(page["trace"])
-    at, routing = position_in(trace, position), values.chosen_expert(trace, layer)
-    start, stop = values.window(trace, at)
-    tokens = strip(routing, values.labels(trace, start, stop), start, at, theme)
-    shown = f"{values.shown(trace, start, stop)}Colour is the first expert; the hover names all {routing.k} with their weights."
-    return elements(tokens), elements(legend(routing, theme)), f"Experts of layer {layer}", shown
+def draw(trace: Trace, layer: int, at: int, theme: str) -> dict[str, Any]:
+    """What map and strip show around position `at`; keys are those of OUTPUTS."""
+    (start, stop), every = values.window(trace, at), values.chosen_experts(trace)
+    routing, labels, part = next(each for each in every if each.layer == layer), values.labels(trace, start, stop), values.shown(trace, start, stop)
+    return {
+        "map": figures.first_choice_map(every, labels, start, (layer, at), theme),
+        "map_said": f"One row a layer, one column a token; colour is the first expert. {part}Click a cell to choose its layer and token.",
+        "strip": elements(strip(routing, labels, start, at, theme)), "legend": elements(legend(routing, theme)), "title": f"Experts of layer {layer}",
+        "said": f"{part}Colour is the first expert; the hover names all {routing.k} with their weights.",
+    }  # fmt: skip
 
 
-@callback(
-    Output("moe-tokens-drawing", "data"), Output("moe-tokens-said", "children"),
-    Input("moe-layer", "value"), Input("theme", "data"), State("page-state", "data"),
-)  # fmt: skip
-def show_tokens(layer: int, _: str, page: dict[str, Any]):
-    trace = services().library.open(page["trace"])
+def draw_texts(trace: Trace, layer: int) -> dict[str, Any]:
+    """The table of texts; keys are those of TEXT_OUTPUTS."""
     labels, n, share = moe.specialisation(trace["expert_indices", layer], token_labels(trace.token_texts, trace.special), trace.info.n_experts)
     said = f"In layer {layer}: {len(labels):,} different tokens, {int((n > 1).sum()):,} of which occur more than once."
-    return elements(token_table([str(label) for label in labels], n, share)), said
+    return {"tokens": elements(token_table([str(label) for label in labels], n, share)), "said": said}
 
 
 @callback(Output("moe-layer", "value"), Output("position", "data", allow_duplicate=True), Input("moe-map", "clickData"), State("position", "data"), State("page-state", "data"),

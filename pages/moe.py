@@ -8,11 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 import dash
-from dash import dcc, html
+from dash import ClientsideFunction, Input, Output, State, callback, clientside_callback, dcc, html
 
 from backend.reports.routing import routing_layers
 from backend.trace import Trace
+from components import moe_layers, moe_pairs, moe_scores, moe_tokens
 from components.card import cards
+from components.follow_token import position_in
 from components.moe_ablation import MEASURES, ablation_card
 from components.moe_against import against_card
 from components.moe_layers import load_card, measures_card, repeats_card
@@ -20,6 +22,7 @@ from components.moe_pairs import next_card, together_card
 from components.moe_scores import margins_card, probs_card
 from components.moe_tokens import map_card, strip_card, tokens_card
 from components.moe_usage import VIEWS, usage_card
+from components.services import services
 from components.trace_view import trace_page
 from components.url_state import as_choice, as_int, keep_url
 
@@ -61,5 +64,33 @@ def _layer(trace: Trace, asked: str | None) -> html.Div:
     pick = dcc.Dropdown(options, chosen if chosen in layers else layers[0], id="moe-layer", clearable=False, searchable=False, className="picker-narrow")
     return html.Div(html.Label([html.Span("Layer"), pick]), className="controls")
 
+
+@callback(
+    output={"layers": moe_layers.OUTPUTS, "pairs": moe_pairs.OUTPUTS, "texts": moe_tokens.TEXT_OUTPUTS},
+    inputs=(Input("moe-layer", "value"), Input("theme", "data"), State("page-state", "data")),
+)
+def show_layer(layer: int, theme: str, page: dict[str, Any]):
+    """What depends on the layer. One callback for all of it: each one more costs the browser more than the drawing."""
+    trace = services().library.open(page["trace"])
+    return {"layers": moe_layers.draw(trace, layer, theme), "pairs": moe_pairs.draw(trace, layer, theme), "texts": moe_tokens.draw_texts(trace, layer)}
+
+
+@callback(
+    output={"tokens": moe_tokens.OUTPUTS, "scores": moe_scores.OUTPUTS},
+    inputs=(Input("moe-layer", "value"), Input("position", "data"), Input("theme", "data"), State("page-state", "data")),
+)
+def show_tokens(layer: int, position: int | None, theme: str, page: dict[str, Any]):
+    """What depends on the token as well."""
+    trace = services().library.open(page["trace"])
+    at = position_in(trace, position)
+    return {"tokens": moe_tokens.draw(trace, layer, at, theme), "scores": moe_scores.draw(trace, layer, at, theme)}
+
+
+clientside_callback(
+    ClientsideFunction("layerscope", "moeTip"),
+    Output("page-state", "id"),  # never written
+    *[Input(id, "hoverData") for id in ("moe-map", "moe-probs", "moe-together", "moe-next")],
+    prevent_initial_call=True,
+)
 
 keep_url({"layer": ("moe-layer", "value"), "against": ("moe-against", "value"), "effect": ("moe-effect-measure", "value"), "usage": ("moe-usage-view", "value")})

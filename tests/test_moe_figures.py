@@ -24,8 +24,9 @@ def test_a_load_is_drawn_as_shares_of_the_layers_choices():
 def test_the_map_draws_first_choices_and_names_all_with_their_weights():
     found = figures.first_choice_map([ROUTING], ["a", HOSTILE], 1, (4, 2))
     assert found.data[0].z.tolist() == [[3, 2]]
-    assert found.data[0].customdata[0][0] == "layer 4, a (position 1)<br>expert 3 (0.60), expert 0 (0.40)"
-    assert "<a" not in found.data[0].customdata[0][1] and "<a" not in str(found.layout.xaxis.ticktext)
+    assert found.data[0].customdata[0][0] == "expert 3 (0.60), 0 (0.40)"
+    assert found.layout.meta["x"][0] == "1 a" and found.layout.meta["y"] == ["L4"]
+    assert "<a" not in str(found.layout.meta) and "<a" not in str(found.layout.xaxis.ticktext)
     assert (found.layout.shapes[0].x0, found.layout.shapes[0].x1) == (0.5, 1.5)
 
 
@@ -39,13 +40,13 @@ def test_probabilities_are_drawn_expert_by_token():
     probs = np.array([[0.1, 0.9], [0.5, 0.5], [0.2, 0.8]], np.float32)
     found = figures.router_heatmap(probs, ["a", HOSTILE, "c"], 10, 11)
     np.testing.assert_array_equal(found.data[0].z, probs.T)
-    assert "(position 12)" in found.data[0].customdata[1][2] and "<a" not in found.data[0].customdata[0][1]
+    assert found.layout.meta["x"][2] == "12 c" and found.layout.meta["y"] == ["expert 0", "expert 1"] and "<a" not in str(found.layout.meta)
 
 
 def test_pairs_without_tokens_are_gaps():
     values = np.array([[np.nan, 0.5], [np.nan, np.nan]])
     found = figures.expert_pairs(values, np.array([[4, 2], [0, 0]]), "expert", "also expert", "share")
-    assert found.data[0].zmax == 0.5 and "2 tokens, 50.0%" in found.data[0].customdata[0][1] and found.data[0].customdata[1][0].endswith("0 tokens")
+    assert found.data[0].zmax == 0.5 and found.data[0].customdata.tolist() == [[4, 2], [0, 0]] and found.layout.meta["x"][1] == "also expert 1"
 
 
 def test_repeats_stand_beside_their_random_baselines():
@@ -75,6 +76,6 @@ def test_a_row_that_counted_nothing_is_a_gap():
 
 def test_the_strip_names_every_expert_of_a_token():
     found = strip(ROUTING, ["a", HOSTILE, "c"], 0, 1, "light")
-    assert found[1].children == HOSTILE and found[1].title == "position 1: expert 3 (0.60), expert 0 (0.40)" and found[1].className == "moe-tok chosen"
+    assert found[1].children == HOSTILE and found[1].title == "position 1: expert 3 (0.60), 0 (0.40)" and found[1].className == "moe-tok chosen"
     without = strip(Routing(4, 5, INDICES), ["a", "b", "c"], 0, 1, "light")
-    assert without[0].title == "position 0: expert 0, expert 1"
+    assert without[0].title == "position 0: expert 0, 1"
