@@ -50,7 +50,7 @@ def _cards(trace: Trace, asked: dict[str, str]) -> list[Any]:
             margins_card(),
             tokens_card(),
             against_card(trace, asked.get("against")),
-            ablation_card(trace, as_choice(asked.get("effect"), list(MEASURES), "nll")),
+            ablation_card(trace, as_choice(asked.get("effect"), list(MEASURES), "nll"), asked.get("prompts")),
             usage_card(trace, as_choice(asked.get("usage"), list(VIEWS), "category")),
         )
     ]
@@ -93,4 +93,7 @@ clientside_callback(
     prevent_initial_call=True,
 )
 
-keep_url({"layer": ("moe-layer", "value"), "against": ("moe-against", "value"), "effect": ("moe-effect-measure", "value"), "usage": ("moe-usage-view", "value")})
+keep_url({
+    "layer": ("moe-layer", "value"), "against": ("moe-against", "value"), "effect": ("moe-effect-measure", "value"), "prompts": ("moe-effect-over", "value"),
+    "usage": ("moe-usage-view", "value"),
+})  # fmt: skip

@@ -53,6 +53,14 @@ def test_ablate_ranks_every_expert_or_compares_with_and_without_some(moe_run, ti
     one = json.loads(moe_run("moe", "ablate", "--preset", name, "--prompt", "The capital of Italy", *words, "-n", "3", "--json")[1])
     assert [one[key] for key in ("nll", "kl", "changed")] == pytest.approx([best[key] for key in ("nll", "kl", "changed")], rel=1e-4)
     assert one["response"] and one["response_without"]
+    both = json.loads(moe_run("moe", "ablate", "--preset", name, "--prompt", "The capital of Italy", "One and one", "--json")[1])
+    alone = json.loads(moe_run("moe", "ablate", "--preset", name, "--prompt", "One and one", "--json")[1])
+    assert both["prompts"] == ["The capital of Italy", "One and one"] and both["n_tokens"] == every["n_tokens"] + alone["n_tokens"]
+    kl = {(row["layer"], row["expert"]): (row["kl"], part["n_tokens"]) for part in (alone,) for row in part["ranking"]}
+    for row in every["ranking"]:
+        other, n = kl[row["layer"], row["expert"]]
+        mixed = next(each["kl"] for each in both["ranking"] if (each["layer"], each["expert"]) == (row["layer"], row["expert"]))
+        assert mixed == pytest.approx((row["kl"] * every["n_tokens"] + other * n) / both["n_tokens"], rel=1e-3, abs=1e-6)
     assert "every expert taken out in turn" in moe_run("moe", "ablate", "--preset", name, "--prompt", "The capital of Italy")[1]
     assert "without expert 0, 1 of layer 2" in moe_run("moe", "ablate", "--preset", name, "--prompt", "Italy", "--layer", "2", "--experts", "1,0")[1]
 
@@ -91,6 +99,7 @@ def test_memory_info_by_hand(moe_run):
         (("moe", "ablate", "--preset", "demo-moe", "--prompt", "x", "--layer", "0"), "Name both --layer and --experts"),
         (("moe", "ablate", "--preset", "demo-moe", "--prompt", "x", "--layer", "0", "--experts", "1-3"), "are not numbers separated by commas"),
         (("moe", "ablate", "--preset", "demo-moe", "--prompt", "x", "--layer", "0", "--experts", "8"), "Expert 8 of an edit is outside 0-7"),
+        (("moe", "ablate", "--preset", "demo-moe", "--prompt", "x", "y", "--layer", "0", "--experts", "1"), "taken out of one prompt, and 2 are given"),
         (("moe", "analyze", "--preset", "demo-moe", "--prompts", "x", "--output", "/no/such/folder/x.json"), "There is no folder /no/such/folder"),
     ],
 )
