@@ -9,7 +9,7 @@ from playwright.sync_api import Page, sync_playwright
 
 from backend.library import Library
 from backend.reports.routing import SITES
-from bench.attention import CHROMIUM, server
+from bench.attention import CHROMIUM, started_server
 from bench.measure import ROOT, Case, Runs, in_turn, n_threads
 from bench.models import FOLDER, random_ids
 from bench.moe_model import SIZES, describe, gguf_file, hf_folder
@@ -70,8 +70,10 @@ def _routers() -> tuple[dict[str, Runs], dict[str, Runs]]:
     for name, path in paths.items():  # one engine at a time: two models of either would share the memory bandwidth
         runs |= in_turn({f"{name}, {what}": Case("run_routing", path=path, ids=ids, routing=what == "routers") for what in ("plain", "routers")}, ROUNDS)
     kept = in_turn({
-        "transformers": Case("run_transformers", path=paths["PyTorch"], ids=ids), "PyTorch, routers on disk": Case("run_capture", path=paths["PyTorch"], ids=ids, sites=list(SITES)),
-        "llama.cpp": Case("run_llama", path=paths["GGUF"], ids=ids), "GGUF, routers on disk": Case("run_capture", path=paths["GGUF"], ids=ids, sites=list(SITES)),
+        "transformers": Case("run_transformers", path=paths["PyTorch"], ids=ids),
+        "PyTorch, routers on disk": Case("run_capture", path=paths["PyTorch"], ids=ids, sites=list(SITES)),
+        "llama.cpp": Case("run_llama", path=paths["GGUF"], ids=ids),
+        "GGUF, routers on disk": Case("run_capture", path=paths["GGUF"], ids=ids, sites=list(SITES)),
     }, ROUNDS)  # fmt: skip
     return runs, kept
 
@@ -82,7 +84,7 @@ def _page() -> tuple[list[float], list[float]]:
     settings = load_settings(data_dir=data)
     settings.traces_dir.mkdir(parents=True, exist_ok=True)
     Library.from_settings(settings).add(write_trace(settings.traces_dir, *TRACE))
-    with server(data) as found, sync_playwright() as playwright:
+    with started_server(data) as found, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1440, "height": 1000})
         _by_address(page, found.address)  # the first opens the program's own files, and computes the measures
