@@ -8,14 +8,14 @@ import numpy as np
 from dash import Input, Output, State, callback, dcc, html
 
 from backend.errors import LayerscopeError
-from backend.reports.routing import compare
+from backend.reports.routing import compare, comparison_words
 from backend.trace import Trace
 from components import moe_values as values
 from components.card import card
 from components.figures import moe as figures
 from components.figures.theme import no_figure
 from components.graph import graph, graph_tools
-from components.moe_tables import alike_table, compared_words
+from components.moe_tables import alike_table
 from components.services import services
 
 ABOUT_COMPARE = (
@@ -55,4 +55,4 @@ def show_comparison(against: str, layer: int, theme: str, page: dict[str, Any]):
     changes = [(each.layer, each.change.share, each.change.first.mean()) for each in found if each.change is not None]
     if changes:
         waiting = figures.change_lines([at for at, _, _ in changes], np.array([share for _, share, _ in changes]), np.array([first for _, _, first in changes]), layer, theme)
-    return waiting, alike_table(found, layer), compared_words(trace, other, found), False
+    return waiting, alike_table(found, layer), comparison_words(trace, other, found), False

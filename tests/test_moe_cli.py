@@ -65,6 +65,30 @@ def test_ablate_ranks_every_expert_or_compares_with_and_without_some(moe_run, ti
     assert "without expert 0, 1 of layer 2" in moe_run("moe", "ablate", "--preset", name, "--prompt", "Italy", "--layer", "2", "--experts", "1,0")[1]
 
 
+def test_variants_of_a_model_are_compared_over_the_same_prompts(moe_run, tiny_mixtral):
+    names = ("--preset", tiny_mixtral.hf.name, "--preset", tiny_mixtral.gguf.name)
+    code, out, err = moe_run("moe", "compare", *names, "--prompts", "The capital of Italy", "One and one", "--json")
+    assert code == 0, err
+    data = json.loads(out)
+    pair = data["comparisons"][0]
+    assert pair["presets"] == [0, 1] and [report["prompt"] for report in pair["reports"]] == [0, 1]
+    with open_trace(trace_path(data, pair, 0, "a")) as a, open_trace(trace_path(data, pair, 0, "b")) as b:
+        assert (a.engine, b.engine) == ("hf", "gguf") and a.token_ids == b.token_ids
+        differs = [np.sort(a.routing(layer).indices) != np.sort(b.routing(layer).indices) for layer in range(3)]
+    assert pair["reports"][0]["overall"]["changed"] == pytest.approx(np.mean([rows.any(axis=1) for rows in differs]))
+    weights = [a.n_tokens, pair["n_tokens"] - a.n_tokens]
+    expected = np.average([report["overall"]["cosine"] for report in pair["reports"]], weights=weights)
+    assert pair["overall"]["cosine"] == pytest.approx(expected)
+    assert "The other engine (hf to gguf) changed the routing of" in moe_run("moe", "compare", *names, "--prompts", "Italy")[1]
+
+
+def trace_path(data, pair, prompt, which):
+    from backend.library import Library
+    from config import load_settings
+
+    return Library.from_settings(load_settings()).traces_dir / f"{pair['reports'][prompt][which]}.h5"
+
+
 def test_presets_are_listed_and_can_be_added(moe_run, tmp_path, monkeypatch):
     names = [row["name"] for row in json.loads(moe_run("moe", "presets", "--json")[1])["presets"]]
     assert {"demo-moe", "mixtral-8x7b-instruct", "mixtral-8x7b-instruct-4bit", "mixtral-8x7b-instruct-8bit", "mixtral-8x7b-creative", "mixtral-8x7b-precise"} <= set(names)
@@ -96,6 +120,7 @@ def test_memory_info_by_hand(moe_run):
         (("memory-info", "--preset", "nope"), "There is no preset 'nope'; there are demo-moe"),
         (("moe", "query", "--preset", "demo-dense", "--prompt", "x"), "demo-dense is dense: it has no experts"),
         (("moe", "query", "--preset", "mixtral-8x7b-instruct", "--prompt", "x"), "is not on this disk"),
+        (("moe", "compare", "--preset", "demo-moe", "--prompts", "x"), "needs two presets at least"),
         (("moe", "ablate", "--preset", "demo-moe", "--prompt", "x", "--layer", "0"), "Name both --layer and --experts"),
         (("moe", "ablate", "--preset", "demo-moe", "--prompt", "x", "--layer", "0", "--experts", "1-3"), "are not numbers separated by commas"),
         (("moe", "ablate", "--preset", "demo-moe", "--prompt", "x", "--layer", "0", "--experts", "8"), "Expert 8 of an edit is outside 0-7"),

@@ -7,6 +7,7 @@ import pytest
 
 from backend.analysis.moe import Routing, repeats
 from components.figures import moe as figures
+from components.figures.moe_alike import alike_heatmap, usage_heatmap
 from components.moe_tables import strip
 
 HOSTILE = '<a href="javascript:alert(1)">x</a><br>%{z}'
@@ -69,9 +70,17 @@ def test_change_is_a_line_for_the_set_and_one_for_the_first_choice():
 
 
 def test_a_row_that_counted_nothing_is_a_gap():
-    found = figures.usage_heatmap(np.array([[1, 3], [0, 0]]), ["sums", HOSTILE])
+    found = usage_heatmap(np.array([[1, 3], [0, 0]]), ["sums", HOSTILE])
     np.testing.assert_allclose(found.data[0].z, [[0.25, 0.75], [np.nan, np.nan]])
     assert "3 of 4 choices, 75.0%" in found.data[0].customdata[0][1] and "<a" not in str(found.layout.yaxis.ticktext) + found.data[0].customdata[1][0]
+
+
+def test_categories_against_each_other_say_this_layer_and_the_mean():
+    found = alike_heatmap(np.array([[1, 0.5], [0.5, 1]]), np.array([[1, 0.25], [0.25, 1]]), ["sums", HOSTILE], "cosine")
+    assert found.data[0].zmax == 1 and "0.5000 in this layer<br>0.2500 mean over all layers" in found.data[0].customdata[0][1]
+    assert "<a" not in found.data[0].customdata[0][1] + str(found.layout.xaxis.ticktext)
+    signed = alike_heatmap(np.array([[1, -0.5], [-0.5, 1]]), np.eye(2), ["a", "b"], "Pearson correlation")
+    assert (signed.data[0].zmin, signed.data[0].zmax) == (-1, 1)
 
 
 def test_the_strip_names_every_expert_of_a_token():

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from backend.commands import moe_ablate
+from backend.commands import moe_ablate, moe_compare
 from backend.errors import LayerscopeError
 
 SCHEMA = "layerscope.moe/1"
@@ -26,7 +26,13 @@ def register(app: typer.Typer, bar: Callable[[], Any], settings: Callable[[], An
     group = typer.Typer(no_args_is_help=True, help="Routing of mixture-of-experts models.")
     app.add_typer(group, name="moe")
 
+    def traced(*arguments: Any) -> Any:
+        trace = _trace(*arguments)
+        keep(trace.path)
+        return trace
+
     moe_ablate.register(group, bar, lambda name: _opened(settings(), name), SCHEMA)
+    moe_compare.register(group, bar, lambda name: _opened(settings(), name), traced, SCHEMA)
     _add_query(group, bar, settings, keep)
     _add_analyze(group, bar, settings, keep)
     _add_presets(app, group, settings)

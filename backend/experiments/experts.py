@@ -15,7 +15,7 @@ from backend.engines import Engine, Piece, Request, ShouldStop, never_stop
 from backend.errors import Cancelled, LayerscopeError
 from backend.experiments import Context, Progress, no_progress
 from backend.intervention import Intervention, ablate_experts
-from backend.reports.expert_usage import Usage, find_usage
+from backend.reports.expert_usage import Usage, find_usage, frequent_tokens
 from backend.trace import Trace
 
 # What a sweep measures, in the order of its arrays.
@@ -115,16 +115,16 @@ def expert_usage_job(context: Context, params: dict[str, Any]) -> dict[str, Any]
     is left out."""
     ids = [str(trace_id) for trace_id in params["traces"]]
 
-    def opened() -> Iterator[Trace]:
+    def opened(stage: str) -> Iterator[Trace]:
         for number, trace_id in enumerate(ids):
             if context.should_stop():
                 raise Cancelled
-            context.progress("traces", number, len(ids))
+            context.progress(stage, number, len(ids))
             path = context.library.path_of(trace_id)
             if path.is_file():
                 with Trace(path) as trace:
                     yield trace
 
-    found = find_usage(opened())
+    found = find_usage(opened("routing"), frequent_tokens(opened("tokens")))
     found.save(context.derived, Usage.key(params["model"], ids))
     return {"n_traces": len(found.trace_ids)}

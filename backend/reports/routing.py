@@ -87,6 +87,34 @@ def overall(found: Sequence[LayerComparison]) -> float | None:
     return float(np.concatenate(every).mean()) if every else None
 
 
+def changed_in_some_layer(found: Sequence[LayerComparison]) -> float | None:
+    """Share of tokens whose set of experts differs in one layer at least; None where the tokens differ."""
+    every = [each.change.sets for each in found if each.change is not None]
+    return float(np.mean(np.any(every, axis=0))) if every else None
+
+
+def comparison_words(trace: Trace, other: Trace, found: Sequence[LayerComparison]) -> str:
+    """The comparison in one sentence, which names what differs between the two runs: "Quantization changed the routing of 3.1% of tokens ..."."""
+    share, some = overall(found), changed_in_some_layer(found)
+    if share is None or some is None:
+        mean = _mean([finite(each.alike.cosine) for each in found])
+        alike = "nothing to compare" if mean is None else f"a mean cosine of {mean:.3f}"
+        return f"Different tokens: the loads of {trace.info.name} and {other.info.name} have {alike} over {len(found)} layers."
+    layers = f"mean over {len(found)} layers" if len(found) > 1 else "one layer"
+    return f"{_cause(trace, other)} changed the routing of {share:.1%} of tokens ({layers}); {some:.1%} of {trace.n_tokens:,} tokens have other experts in some layer."
+
+
+def _cause(trace: Trace, other: Trace) -> str:
+    a, b = trace.info, other.info
+    if (a.architecture, a.n_layers, a.d_model) != (b.architecture, b.n_layers, b.d_model):
+        return f"The other model ({b.name} for {a.name})"
+    if trace.metadata.get("interventions", []) != other.metadata.get("interventions", []):
+        return "The edit"
+    if a.quantization != b.quantization:
+        return f"Quantization ({a.quantization} to {b.quantization})"
+    return f"The other engine ({trace.engine} to {other.engine})" if trace.engine != other.engine else "The other run"
+
+
 def comparison_report(trace: Trace, other: Trace) -> dict[str, Any]:
     """`compare` as JSON, with means over the layers."""
     found = compare(trace, other)
@@ -95,7 +123,8 @@ def comparison_report(trace: Trace, other: Trace) -> dict[str, Any]:
         change = None if each.change is None else {"sets": each.change.share, "first": float(each.change.first.mean()), "slots": each.change.slots}
         rows.append({"layer": each.layer, **{name: finite(value) for name, value in dataclasses.asdict(each.alike).items()}, "changed": change})
     mean = {name: _mean([row[name] for row in rows]) for name in ("cosine", "pearson", "jensen_shannon")}
-    return {"a": trace.id, "b": other.id, "overall": {**mean, "changed": overall(found)}, "layers": rows}
+    whole = {**mean, "changed": overall(found), "changed_in_some_layer": changed_in_some_layer(found)}
+    return {"a": trace.id, "b": other.id, "says": comparison_words(trace, other, found), "overall": whole, "layers": rows}
 
 
 def finite(value: Any) -> Any:

@@ -151,25 +151,6 @@ def effect_heatmap(values: NDArray[np.floating], layers: Sequence[int], unit: st
     return with_scale(found, unit, theme)
 
 
-def usage_heatmap(counts: NDArray[np.integer], names: Sequence[str], theme: str = "light") -> go.Figure:
-    """Share of one layer's choices that went to each expert, a row for each category or trace. counts: (row, expert); a row of zeros is a gap."""
-    total = counts.sum(axis=1, keepdims=True)
-    values = np.divide(counts, total, out=np.full(counts.shape, np.nan), where=total > 0)
-    n_experts = counts.shape[1]
-    hovers = [[f"{escape(name)}<br>expert {e}: {counts[i, e]:,} of {total[i, 0]:,} choices" + (f", {values[i, e]:.1%}" if total[i, 0] else "") for e in range(n_experts)]
-              for i, name in enumerate(names)]  # fmt: skip
-    top = float(np.nanmax(values)) if np.isfinite(values).any() else 1.0
-    cells = go.Heatmap(z=compact(values), customdata=hovers, hovertemplate="%{customdata}<extra></extra>", hoverongaps=True, zmin=0, zmax=top, xgap=1,
-                       ygap=1 if len(names) <= 48 else 0, name="share of choices", colorscale=sequential(theme), colorbar=scale_bar(nticks=4, tickformat=".0%"))  # fmt: skip
-    found = figure(theme, cells, plot_bgcolor=colours(theme)["line"])
-    found.update_xaxes(title="expert", side="top", showgrid=False, zeroline=False, dtick=max(1, n_experts // 32))
-    step = max(1, -(-len(names) // 24))
-    found.update_yaxes(autorange="reversed", showgrid=False, zeroline=False, tickmode="array", tickvals=list(range(0, len(names), step)),
-                       ticktext=[escape(name) for name in list(names)[::step]])  # fmt: skip
-    with_names(found, [f"expert {e}" for e in range(n_experts)], names)
-    return with_scale(found, f"share of choices; even: {1 / n_experts:.1%}", theme)
-
-
 def change_lines(layers: Sequence[int], changed: NDArray[np.floating], first: NDArray[np.floating], chosen: int, theme: str = "light") -> go.Figure:
     """Share of tokens whose experts differ between two runs, through the layers: the set of k, and the first choice. Both: (layer,)."""
     palette = LINES["dark" if theme == "dark" else "light"]

@@ -126,7 +126,8 @@ def test_two_traces_are_compared_token_by_token(moe_server, opened):
     found = compare(trace, cut)
     routed = (trace.routing(1).indices == 2).any(axis=1)
     assert found[0].change.share == 0 and found[1].change.sets.tolist() == routed.tolist()
-    assert f"chose other experts for {overall(found):.1%} of {trace.n_tokens} tokens" in page.locator("#moe-sentence").inner_text()
+    assert f"The edit changed the routing of {overall(found):.1%} of tokens" in page.locator("#moe-sentence").inner_text()
+    assert page.locator("#moe-alike tr.total td").nth(1).inner_text() == f"{overall(found):.1%}"
     assert page.locator("#moe-alike tr.chosen td").nth(1).inner_text() == f"{routed.mean():.1%}"
     assert query_of(page)["against"] == cut.id
 
