@@ -1,6 +1,8 @@
 """The commands moe query, moe analyze, moe presets and memory-info, and what they say of bad input."""
 
+import importlib.util
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +10,8 @@ import pytest
 from backend.run_presets import read_run_presets
 from backend.trace import open_trace
 from tests.test_cli import run  # noqa: F401  a fixture
+
+DEMO_MOE = Path(__file__).resolve().parents[1] / "models" / "demo-moe"
 
 
 @pytest.fixture
@@ -101,6 +105,21 @@ def test_presets_are_listed_and_can_be_added(moe_run, tmp_path, monkeypatch):
     own.write_text('[[run]]\nname = "mine"\nmodel = "somewhere"\nquantize = "int3"\n')
     code, _, err = moe_run("moe", "presets")
     assert code == 2 and "'mine' has quantize 'int3'" in err
+
+
+def test_nf4_of_the_demo_model_without_bitsandbytes_or_a_gpu_is_one_sentence(moe_run, tmp_path, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in ("bitsandbytes", "accelerate") else real(name, *rest))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    sentence = "nf4 weights of demo-moe need bitsandbytes, accelerate and a CUDA device; missing here: bitsandbytes and accelerate and a CUDA device."
+    code, out, err = moe_run("trace", "--model", "demo-moe", "--prompt", "x", "--quantize", "nf4")
+    assert code == 2 and err.strip() == sentence and not out
+    own = tmp_path / "own.toml"
+    own.write_text(f'[[preset]]\nname = "demo-moe"\npath = {str(DEMO_MOE)!r}\n[[run]]\nname = "small"\nmodel = "demo-moe"\nquantize = "nf4"\n')
+    monkeypatch.setenv("LAYERSCOPE_PRESETS_FILE", str(own))
+    for words in (("moe", "query", "--prompt", "x"), ("moe", "analyze", "--prompts", "x"), ("moe", "ablate", "--prompt", "x y")):
+        code, out, err = moe_run(*words, "--preset", "small")
+        assert code == 2 and err.strip().endswith(sentence) and not out and "Traceback" not in err
 
 
 def test_memory_info_by_hand(moe_run):

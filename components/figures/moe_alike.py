@@ -38,8 +38,8 @@ def alike_heatmap(values: NDArray[np.floating], mean: NDArray[np.floating], name
     top = float(np.nanmax(np.abs(values))) if np.isfinite(values).any() else 1.0
     few = len(names) <= 12
     cells = go.Heatmap(z=compact(values), customdata=hovers, hovertemplate="%{customdata}<extra></extra>", hoverongaps=True, zmin=-1 if signed else 0,
-                       zmax=1 if signed else top or 1.0, xgap=1, ygap=1, name=measure, texttemplate="%{z:.3f}" if few else None, colorscale=diverging(theme) if signed else sequential(theme),
-                       colorbar=scale_bar(nticks=4))  # fmt: skip
+                       zmax=1 if signed else top or 1.0, xgap=1, ygap=1, name=measure, texttemplate="%{z:.3f}" if few else None,
+                       colorscale=diverging(theme) if signed else sequential(theme), colorbar=scale_bar(nticks=4))  # fmt: skip
     found = figure(theme, cells, plot_bgcolor=colours(theme)["line"])
     ticks = {"tickmode": "array", "tickvals": list(range(len(names))), "ticktext": [escape(name) for name in names], "showgrid": False, "zeroline": False}
     found.update_xaxes(side="top", **ticks)
