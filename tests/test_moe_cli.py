@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from backend.analysis import moe
 from backend.run_presets import read_run_presets
 from backend.trace import open_trace
 from tests.test_cli import run  # noqa: F401  a fixture
@@ -46,6 +47,30 @@ def test_analyze_takes_prompts_in_a_row_and_compares_every_two(moe_run, tiny_mix
     assert pair["layers"][0]["cosine"] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
     assert pair["layers"][0]["changed"] is None  # other tokens
     assert "NaN" not in output.read_text()
+
+
+def test_full_analysis_and_usage_over_traces_are_json(moe_run, tiny_mixtral, tmp_path):
+    output, name = tmp_path / "full.json", tiny_mixtral.hf.name
+    assert moe_run("moe", "analyze", "--preset", name, "--prompts", "One and one", "The capital of Italy", "--full", "--output", str(output))[0] == 0
+    reports = json.loads(output.read_text())["prompts"]
+    with open_trace(reports[0]["path"]) as trace:
+        routing, after = trace.routing(1), trace.routing(2)
+        row = reports[0]["layers"][1]
+        assert row["co_activation"] == moe.co_activation(routing.indices, 5).tolist()
+        assert row["transitions"] == {"to": 2, "counts": moe.transitions(routing.indices, after.indices, 5).tolist()}
+        assert row["margins"] == pytest.approx(moe.margins(routing.logits, routing.indices).tolist())
+        assert sum(each["n"] for each in row["specialisation"]) == len(row["token_entropy"]) == trace.n_tokens
+        expert = str(routing.indices[0, 0])
+        assert row["specialisation"][[each["token"] for each in row["specialisation"]].index(trace.token_texts[0])]["experts"][expert] == 1.0
+        assert reports[0]["layers"][2]["transitions"] is None
+    data = json.loads(moe_run("moe", "usage", "--model", name)[1])
+    assert [each["trace_id"] for each in data["traces"]] == [report["trace_id"] for report in reports]
+    assert data["traces"][0]["counts"][1] == routing.counts.tolist() and data["layers"] == [0, 1, 2]
+    both = np.sum([each["counts"] for each in data["traces"]], axis=0)
+    assert data["categories"] == {"": both.tolist()} and data["within_between"]["0"][1] is None
+    assert data["similarity"]["overall"]["cosine"][0][0] == pytest.approx(1)
+    documented = (DEMO_MOE.parents[1] / "docs" / "moe.md").read_text()
+    assert all(f"`{key}`" in documented for key in {**row, **data, **data["traces"][0], **data["similarity"]})
 
 
 def test_ablate_ranks_every_expert_or_compares_with_and_without_some(moe_run, tiny_mixtral):
@@ -139,6 +164,7 @@ def test_memory_info_by_hand(moe_run):
         (("memory-info", "--preset", "nope"), "There is no preset 'nope'; there are demo-moe"),
         (("moe", "query", "--preset", "demo-dense", "--prompt", "x"), "demo-dense is dense: it has no experts"),
         (("moe", "query", "--preset", "mixtral-8x7b-instruct", "--prompt", "x"), "is not on this disk"),
+        (("moe", "usage", "--model", "nope"), "No trace of this model holds expert_indices"),
         (("moe", "compare", "--preset", "demo-moe", "--prompts", "x"), "needs two presets at least"),
         (("moe", "ablate", "--preset", "demo-moe", "--prompt", "x", "--layer", "0"), "Name both --layer and --experts"),
         (("moe", "ablate", "--preset", "demo-moe", "--prompt", "x", "--layer", "0", "--experts", "1-3"), "are not numbers separated by commas"),

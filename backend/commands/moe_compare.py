@@ -58,7 +58,7 @@ def describe(data: dict[str, Any]) -> str:
     lines = []
     for pair in data["comparisons"]:
         names, whole = [data["presets"][i] for i in pair["presets"]], pair["overall"]
-        lines += [f"{names[0]} and {names[1]}, {pair['n_tokens']:,} tokens of {len(data['prompts'])} prompts"]
+        lines += [f"{names[0]} and {names[1]}, {pair['n_tokens']:,} tokens of {len(data['prompts'])} prompt{'s' if len(data['prompts']) > 1 else ''}"]
         if whole["changed"] is not None:
             lines += [f"other experts     {whole['changed']:.1%} of tokens (mean over the layers), {whole['changed_in_some_layer']:.1%} in some layer"]
         lines += [f"{title:<17} {'-' if whole[name] is None else format(whole[name], '.4f')}" for title, name in

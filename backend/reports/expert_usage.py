@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from backend.analysis.moe import expert_counts
-from backend.analysis.moe_compare import pairwise
+from backend.analysis.moe_compare import pairwise, within_between
 from backend.derived import Derived, Key
 from backend.errors import LayerscopeError
 from backend.trace import Trace
@@ -67,6 +69,31 @@ class Usage:
             return None
         trace_ids, categories, prompts, created_at, n_tokens, tokens = rest
         return cls(trace_ids, categories, prompts, created_at, n_tokens, counts, [(text, n) for text, n in tokens], of_tokens)
+
+
+def usage_report(found: Usage) -> dict[str, Any]:
+    """The usage as JSON: counts by trace, category and token, [layer][expert] each; categories against each other and traces within and between them."""
+    layers = [int(each) for each in np.flatnonzero(found.counts.sum(axis=(0, 2)))]
+    names, whole = found.alike(None)
+    return {
+        "layers": layers,
+        "traces": [{"trace_id": trace_id, "created_at": date, "category": category, "prompt": prompt, "n_tokens": n, "counts": counts[layers].tolist()}
+                   for trace_id, date, category, prompt, n, counts in
+                   zip(found.trace_ids, found.created_at, found.categories, found.prompts, found.n_tokens, found.counts, strict=True)],
+        "categories": {name: [found.by_category(layer)[1][at].tolist() for layer in layers] for at, name in enumerate(names)},
+        "tokens": [{"token": text, "n": n, "counts": counts[layers].tolist()} for (text, n), counts in zip(found.tokens, found.token_counts, strict=True)],
+        "similarity": {"categories": names, "overall": _matrices(whole), "by_layer": {str(layer): _matrices(found.alike(layer)[1]) for layer in layers}},
+        "within_between": {str(layer): [_finite(value) for value in within_between(list(found.counts[:, layer]), found.categories)] for layer in layers},
+    }  # fmt: skip
+
+
+def _matrices(found: dict[str, NDArray[np.float64]]) -> dict[str, list[list[float | None]]]:
+    return {name: [[_finite(value) for value in row] for row in matrix] for name, matrix in found.items()}
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN: it becomes None."""
+    return float(value) if math.isfinite(value) else None
 
 
 def frequent_tokens(traces: Iterable[Trace]) -> list[tuple[str, int]]:
