@@ -47,8 +47,7 @@ def ablation_card(trace: Trace, measure: str, over: str | None) -> html.Section:
     over_form = html.Div(html.Label([html.Span("Over"), where]), className="controls moe-form", hidden=len(groups) == 1)
     button = html.Button("", id="moe-sweep", className="btn btn-primary", n_clicks=0)
     offer = html.Div([button, html.Span("", id="moe-sweep-words")], id="moe-sweep-offer", className="neuron-foot", hidden=done)
-    picture = graph("moe-effect", height=100 + min(24 * len(trace.stored["expert_indices"]), 480))
-    shown = html.Div([picture, html.Div(id="moe-ranked", className="table-scroll")], id="moe-effect-box", hidden=not done)
+    shown = html.Div(id="moe-effect-box", hidden=True)  # no graph in it yet: one that nobody sees is drawn all the same
     stores = [dcc.Store(id="moe-sweep-job"), dcc.Store(id="moe-sweep-ready")]
     return card("Without one expert", [*stores, over_form, offer, html.Div(id="moe-sweep-progress", role="status"), shown], html.Span("", id="moe-effect-said"),
                 [pick, *graph_tools("moe-effect", "expert-ablation")], list(ABOUT), className="wide")  # fmt: skip
@@ -80,7 +79,7 @@ def follow(job_id: str | None, _: Any, ready: str | None):
 
 
 @callback(
-    Output("moe-effect", "figure"), Output("moe-ranked", "children"), Output("moe-effect-said", "children"), Output("moe-sweep-offer", "hidden"),
+    Output("moe-effect-box", "children"), Output("moe-effect-said", "children"), Output("moe-sweep-offer", "hidden"),
     Output("moe-effect-box", "hidden"), Output("moe-sweep", "children"), Output("moe-sweep-words", "children"),
     Input("moe-effect-measure", "value"), Input("moe-effect-over", "value"), Input("moe-sweep-ready", "data"), Input("theme", "data"), State("page-state", "data"),
 )  # fmt: skip
@@ -89,12 +88,13 @@ def show(measure: str, over: str, _: Any, theme: str, page: dict[str, Any]):
     key = sweep_key(trace, over)
     found, layers = derived.get_array(("expert_sweep", key)), derived.get_json(("expert_sweep_layers", key))
     if found is None or layers is None:
-        return no_update, "", "Not measured yet.", False, True, *_offer(trace, over)
+        return None, "Not measured yet.", False, True, *_offer(trace, over)
     values = found[list(MEASURES).index(measure)]
     figure = effect_heatmap(values, layers, MEASURES[measure][1], theme)
     row, expert = np.unravel_index(int(np.nanargmax(np.abs(values))), values.shape)
     said = f"Taking out expert {expert} of layer {layers[row]} does most: {values[row, expert]:.4g} ({MEASURES[measure][1]})."
-    return figure, _ranked(trace if over == THIS else None, found, layers, values), said, True, False, no_update, no_update
+    picture = graph("moe-effect", 100 + min(24 * len(layers), 480), figure)
+    return [picture, html.Div(_ranked(trace if over == THIS else None, found, layers, values), id="moe-ranked", className="table-scroll")], said, True, False, no_update, no_update
 
 
 def _offer(trace: Trace, over: str) -> tuple[str, str]:

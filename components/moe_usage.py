@@ -39,7 +39,7 @@ def usage_card(trace: Trace, view: str) -> html.Section:
     button = html.Button("Read the traces", id="moe-usage-read", className="btn btn-primary", n_clicks=0)
     offer = html.Div([button, html.Span(f"{len(read_traces(trace)):,} traces of {trace.info.name} hold their chosen experts.")], id="moe-usage-offer", className="neuron-foot",
                      hidden=known)  # fmt: skip
-    shown = html.Div(graph("moe-usage", height=320), id="moe-usage-box", hidden=not known)
+    shown = html.Div(id="moe-usage-box", hidden=True)  # no graph in it yet: one that nobody sees is drawn all the same
     stores = [dcc.Store(id="moe-usage-job"), dcc.Store(id="moe-usage-ready")]
     return card("Over all traces", [*stores, offer, html.Div(id="moe-usage-progress", role="status"), shown], html.Span("", id="moe-usage-said"),
                 [pick, *graph_tools("moe-usage", "expert-usage")], list(ABOUT), className="wide")  # fmt: skip
@@ -72,16 +72,16 @@ def follow(job_id: str | None, _: Any, ready: str | None):
 
 
 @callback(
-    Output("moe-usage", "figure"), Output("moe-usage-said", "children"), Output("moe-usage-offer", "hidden"), Output("moe-usage-box", "hidden"),
+    Output("moe-usage-box", "children"), Output("moe-usage-said", "children"), Output("moe-usage-offer", "hidden"), Output("moe-usage-box", "hidden"),
     Input("moe-layer", "value"), Input("moe-usage-view", "value"), Input("moe-usage-ready", "data"), Input("theme", "data"), State("page-state", "data"),
 )  # fmt: skip
 def show(layer: int, view: str, _: Any, theme: str, page: dict[str, Any]):
     trace = services().library.open(page["trace"])
     found = usage(trace)
     if found is None:
-        return no_update, "Not read yet.", False, True
+        return None, "Not read yet.", False, True
     if view in ALIKE:
-        return _alike(found, layer, view, theme), _words(found, layer), True, False
+        return graph("moe-usage", 320, _alike(found, layer, view, theme)), _words(found, layer), True, False
     if view == "token":
         counts = found.token_counts[:, layer]
         names = [f"{token_label(text, max_length=16)} · {n:,}" for text, n in found.tokens]
@@ -92,7 +92,7 @@ def show(layer: int, view: str, _: Any, theme: str, page: dict[str, Any]):
     else:
         categories, counts = found.by_category(layer)
         names = [one_line(each, 28) or "no category" for each in categories]
-    return usage_heatmap(counts, names, theme), _words(found, layer), True, False
+    return graph("moe-usage", max(320, 110 + 15 * min(len(names), 48)), usage_heatmap(counts, names, theme)), _words(found, layer), True, False
 
 
 def _alike(found: Usage, layer: int, measure: str, theme: str) -> Any:

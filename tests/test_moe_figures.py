@@ -7,7 +7,7 @@ import pytest
 
 from backend.analysis.moe import Routing, repeats
 from components.figures import moe as figures
-from components.figures.moe_alike import alike_heatmap, usage_heatmap
+from components.figures.moe_alike import alike_heatmap, load_bars, usage_heatmap
 from components.moe_tables import strip
 
 HOSTILE = '<a href="javascript:alert(1)">x</a><br>%{z}'
@@ -81,6 +81,11 @@ def test_categories_against_each_other_say_this_layer_and_the_mean():
     assert "<a" not in found.data[0].customdata[0][1] + str(found.layout.xaxis.ticktext)
     signed = alike_heatmap(np.array([[1, -0.5], [-0.5, 1]]), np.eye(2), ["a", "b"], "Pearson correlation")
     assert (signed.data[0].zmin, signed.data[0].zmax) == (-1, 1)
+
+
+def test_two_loads_stand_side_by_side():
+    found = load_bars(np.array([0.25, 0.75]), np.array([1.0, 0.0]), ("this", HOSTILE))
+    assert [bar.y.tolist() for bar in found.data] == [[0.25, 0.75], [1, 0]] and "<a" not in found.data[1].name and "%{z}" not in found.data[1].hovertemplate
 
 
 def test_the_strip_names_every_expert_of_a_token():

@@ -94,7 +94,8 @@ def logits_of(engine: Engine, ids: list[int], edits: tuple[Intervention, ...] = 
 def expert_sweep_job(context: Context, params: dict[str, Any]) -> dict[str, Any]:
     """Job: {"trace_ids": [ids of one model], "key"} -> {"layers"}: a sweep over the tokens of those traces. The array (measure, layer, expert)
     lies in the cache under ("expert_sweep", key), the layers under ("expert_sweep_layers", key)."""
-    prompts, model = [], ""
+    prompts: list[list[int]] = []
+    model = ""
     for trace_id in params["trace_ids"]:
         with Trace(context.library.path_of(trace_id)) as trace:
             if trace.metadata.get("interventions"):

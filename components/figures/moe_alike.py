@@ -8,7 +8,7 @@ import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from components.figures.theme import colours, compact, diverging, escape, figure, scale_bar, sequential, with_names, with_scale
+from components.figures.theme import LINES, colours, compact, diverging, escape, figure, scale_bar, sequential, with_names, with_scale
 
 
 def usage_heatmap(counts: NDArray[np.integer], names: Sequence[str], theme: str = "light") -> go.Figure:
@@ -46,3 +46,14 @@ def alike_heatmap(values: NDArray[np.floating], mean: NDArray[np.floating], name
     found.update_yaxes(autorange="reversed", **ticks)
     with_names(found, names, names)
     return with_scale(found, measure, theme)
+
+
+def load_bars(a: NDArray[np.floating], b: NDArray[np.floating], names: tuple[str, str], theme: str = "light") -> go.Figure:
+    """Two loads side by side. a, b: (expert,) shares of one layer's choices."""
+    bars = [go.Bar(x=list(range(len(values))), y=compact(values), name=escape(name), marker={"color": LINES["dark" if theme == "dark" else "light"][i]},
+                   customdata=[escape(name)] * len(values), hovertemplate="expert %{x}<br>%{customdata}: %{y:.1%} of choices<extra></extra>")
+            for i, (name, values) in enumerate(zip(names, (a, b), strict=True))]  # fmt: skip
+    found = figure(theme, *bars, barmode="group", bargap=0.25, showlegend=True, legend={"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "font": {"size": 11}})
+    found.update_xaxes(title="expert", dtick=max(1, len(a) // 16), showgrid=False, zeroline=False)
+    found.update_yaxes(title="share of choices", tickformat=".0%", rangemode="tozero", nticks=6)
+    return with_names(found, [f"expert {e}" for e in range(len(a))])
