@@ -236,7 +236,7 @@ def test_sites_arrive_in_the_order_of_the_computation(engine: HfEngine) -> None:
     order: list[tuple[str, int | None]] = []
     engine.run(IDS, Request(tuple(engine.sites)), lambda piece: order.append((piece.site, piece.layer)))
     attention = "ln1_out q k v rot_q rot_k attn_scores attn_pattern z attn_out resid_mid ln2_out"
-    mlp = "router_logits router_probs expert_indices expert_weights" if engine.info.is_moe else "mlp_pre mlp_pre_linear mlp_post"
+    mlp = "router_logits router_probs expert_indices expert_weights expert_out" if engine.info.is_moe else "mlp_pre mlp_pre_linear mlp_post"
     block = f"{attention} {mlp} mlp_out resid_post".split()
     expected = [(site, layer) for layer in range(engine.info.n_layers) for site in block]
     assert order == [("embed", None), *expected, ("ln_final_out", None), ("logits", None)]

@@ -61,6 +61,25 @@ class Router:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """A module that takes (hidden states, indices, weights) and returns the chosen experts' weighted sum; `expert_out` is read there.
+
+    times  the configuration's factor that the block multiplies the sum with
+    """
+
+    module: str
+    times: str = ""
+
+
+@dataclass(frozen=True)
+class GatedExpert:
+    """A shared expert whose output the block multiplies with the sigmoid of what another module, the gate, puts out after it."""
+
+    module: str
+    gate: str
+
+
+@dataclass(frozen=True)
 class Weight:
     """A canonical weight as a parameter.
 
@@ -90,6 +109,8 @@ class Architecture:
     places: Mapping[str, Place]
     weights: Mapping[str, Weight]
     router: Router | None = None
+    experts: Experts | None = None
+    shared: GatedExpert | None = None  # a shared expert without a gate is a place like others
     rotary: bool = True
     norm: Literal["rms", "layer"] = "rms"  # of the residual stream: RMS norm, or LayerNorm with a bias
     logit_divisor: str = ""  # the configuration's name for what logits are divided by
@@ -110,6 +131,8 @@ class Architecture:
         found |= {(site, layer) for layer in attending for site in (*(ROTARY_SITES if self.rotary else ()), *self.attention_sites)}
         if self.router:
             found |= {(site, layer) for layer in range(n_layers) for site in self.router.sites if has(self.router.module.format(layer))}
+        for site, part in (("expert_out", self.experts), ("shared_expert_out", self.shared)):
+            found |= {(site, layer) for layer in range(n_layers) if part and has(part.module.format(layer))}
         return frozenset(found)
 
 
