@@ -131,6 +131,18 @@ class EveryNth:
         return np.ascontiguousarray(self.stored.read(rows)[:, i::n])
 
 
+@dataclass(frozen=True)
+class Half:
+    """The first or second `n_rows` of every 2 n_rows rows, for experts whose two matrices of the input lie fused, expert after expert."""
+
+    stored: Rows
+    n_rows: int
+    half: int
+
+    def read(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        return self.stored.read((2 * (rows // self.n_rows) + self.half) * self.n_rows + rows % self.n_rows)
+
+
 def _read_exactly(descriptor: int, path: Path, offset: int, n: int) -> bytes:
     chunks: list[bytes] = []
     while n:

@@ -21,6 +21,7 @@ from backend.files import hf_keys
 from backend.intervention import Intervention
 from backend.sites import SITES
 from backend.weights import open_weights
+from tests.phimoe import as_in_llama_cpp
 from tests.test_hf_engine import Values, capture, no_hooks
 from tests.tiny_models import TinyModel, architecture_of
 
@@ -30,7 +31,7 @@ NMSE = 1e-6  # llama.cpp's check-nmse.py calls this identical
 
 KINDS = (
     "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "olmo2", "olmoe", "gemma2", "gemma3_text", "phi3", "gpt2",
-    "starcoder2", "stablelm", "stablelm, parallel", "granite", "gpt_oss", "deepseek_v2", "deepseek_v3",
+    "starcoder2", "stablelm", "stablelm, parallel", "granite", "granitemoe", "phimoe", "gpt_oss", "deepseek_v2", "deepseek_v3",
 )  # fmt: skip
 
 
@@ -42,10 +43,11 @@ def plain(pair: tuple[Engine, Engine]) -> tuple[Values, Values]:
 
 @pytest.fixture(scope="module", params=KINDS)
 def pair(request: pytest.FixtureRequest, tiny_model: Callable[[str], TinyModel]) -> Iterator[tuple[Engine, Engine]]:
-    """(PyTorch, llama.cpp) on the same float32 weights, llama.cpp with a float32 key/value cache."""
+    """(PyTorch, llama.cpp) on the same float32 weights, llama.cpp with a float32 key/value cache; of phimoe with llama.cpp's norms and weights of experts."""
     tiny = tiny_model(request.param)
     options = OpenOptions(device="cpu", n_gpu_layers=0, kv_cache="f32", n_threads=1)
     engines = open_engine(tiny.hf, options), open_engine(tiny.gguf, options)
+    as_in_llama_cpp(engines[0])
     yield engines
     for engine in engines:
         engine.close()

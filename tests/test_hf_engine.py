@@ -135,8 +135,9 @@ def test_the_fused_kernel_and_the_pattern_that_is_shown_give_the_same_logits(eng
 
 @pytest.mark.parametrize(
     "kind, changes",
-    [("gpt_oss", {}), ("deepseek_v3", {}), ("deepseek_v2", {}), ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2})],
-    ids=["sinks", "sigmoid and groups", "greedy", "groups"],
+    [("gpt_oss", {}), ("granitemoe", {}), ("phimoe", {}), ("deepseek_v3", {}), ("deepseek_v2", {}),
+     ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2})],
+    ids=["sinks", "softmax over the chosen", "sparsemixer", "sigmoid and groups", "greedy", "groups"],
 )
 def test_sinks_latent_attention_and_every_kind_of_router_leave_what_transformers_computes_to_the_bit(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
     tiny = save_tiny(kind, tmp_path / kind, **changes)

@@ -112,6 +112,14 @@ _UNGATED_MLP = (
 # The dense MLP's names stand for the shared expert there, which has another width: its hidden values are no site.
 _SHARED_EXPERT_BLOCK = tuple(node for node in _MLP if not node.site.startswith("mlp_p"))
 _SCALED = (Node("embed", "embd", "SCALE"), Node("attn_out", weight="attn_out", op="SCALE"), Node("mlp_out", weight="ffn_out", op="SCALE"))
+# The same with experts. The factor on the residual stream follows the sum of all, and of shared experts where a file has them.
+_GRANITE_MOE_BLOCK = (
+    *_SHARED_EXPERT_BLOCK,
+    *(replace(node, scaled=node.site == "expert_out") for node in _EXPERTS),
+    *(replace(node, scaled=True) for node in _SHARED_EXPERT),
+    *_SCALED,
+    Node("mlp_out", weight="ffn_moe_out", op="SCALE"),
+)
 _FUSED_MLP = (Node("mlp_pre", "ffn_up", part=(0, 2)), Node("mlp_pre_linear", "ffn_up", part=(1, 2)))
 # The router is a product and a bias, and the sum is called ffn_moe_probs; there are no probabilities over all experts: the weights
 # are a softmax over the logits of the chosen ones. So router_probs is no site.
@@ -166,6 +174,14 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     # StableLM 2 12B has no second norm: attention and MLP read the same, and the sum of the first two is nothing that a block reads.
     "stablelm": Architecture(tuple(replace(node, beside="ffn_norm.weight") if node.site == "resid_mid" else node for node in _DENSE), norm="layer"),
     "granite": Architecture(_DENSE + _SCALED, logit_divisor="logit_scale", residual_scale="residual_scale"),
+    "granitemoe": Architecture(_EMBEDDING + _ATTENTION + _ATTENTION_OUT + _GRANITE_MOE_BLOCK + _OUTPUT, logit_divisor="logit_scale", residual_scale="residual_scale"),
+    # llama.cpp runs Phi-3.5-MoE with RMS norms and renormalised weights, where its makers and transformers have LayerNorm and sparsemixer.
+    "phimoe": Architecture(
+        (
+            *_EMBEDDING, *_ATTENTION, *_ATTENTION_OUT, *_ATTENTION_OUT_BIAS, *(node for node in _SHARED_EXPERT_BLOCK if node.site != "resid_mid"),
+            Node("resid_mid", weight="attn_output.bias (added)", op="ADD"), *_EXPERTS, *_OUTPUT,
+        ),
+    ),  # fmt: skip
     "gpt-oss": Architecture(_EMBEDDING + _ATTENTION + _ATTENTION_OUT + _GPT_OSS_BLOCK + _OUTPUT, window_period=2),
     "deepseek2": Architecture(_EMBEDDING + _DEEPSEEK_BLOCK + _OUTPUT),
 }

@@ -41,7 +41,8 @@ class Router:
 
     renormalise  the weights of the chosen experts are made to sum to 1; a name: the module's attribute that says so
     probs        what makes probabilities of the logits. "chosen": none over all experts exist, the weights are a softmax over the
-                 chosen experts' logits alone (gpt-oss), so that router_probs is no site
+                 chosen experts' logits alone (gpt-oss), so that router_probs is no site. "sparsemixer": nor here, each of two chosen
+                 experts has a softmax of its own (Phi-3.5-MoE)
     correction   the module's attribute that is added to the probabilities to choose by, but not to the weights
     group_best   experts are chosen out of the best groups only, a group counting as much as its best so many experts together;
                  0: there are no groups
@@ -50,14 +51,14 @@ class Router:
 
     module: str
     renormalise: bool | str = False
-    probs: Literal["softmax", "sigmoid", "chosen"] = "softmax"
+    probs: Literal["softmax", "sigmoid", "chosen", "sparsemixer"] = "softmax"
     correction: str = ""
     group_best: int = 0
     scale: str = ""
 
     @property
     def sites(self) -> tuple[str, ...]:
-        return tuple(site for site in ROUTER_SITES if self.probs != "chosen" or site != "router_probs")
+        return tuple(site for site in ROUTER_SITES if self.probs in ("softmax", "sigmoid") or site != "router_probs")
 
 
 @dataclass(frozen=True)

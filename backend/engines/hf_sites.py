@@ -184,6 +184,28 @@ _GRANITE = replace(
     },
     logit_divisor="logits_scaling",
 )
+_SPARSE = f"{_LAYER}.block_sparse_moe"
+_GRANITE_MOE = replace(
+    _GRANITE,
+    places={
+        **{site: place for site, place in _GRANITE.places.items() if not site.startswith("mlp_")},
+        "mlp_out": Place(_SPARSE, times="residual_multiplier"),
+    },
+    weights={
+        **_BLOCK_WEIGHTS,
+        **{name: replace(weight, parameter=weight.parameter.replace(_MLP, _SPARSE)) for name, weight in _FUSED_EXPERT_WEIGHTS.items()},
+        "blocks.{}.mlp.W_router": Weight(f"{_SPARSE}.router.weight"),
+    },
+    # A softmax over the logits of the chosen experts: the same as one over all of them, renormalised.
+    router=Router(f"{_SPARSE}.router", renormalise=True),
+    experts=Experts(f"{_SPARSE}.experts", times="residual_multiplier"),
+)
+_PHIMOE = replace(
+    _MIXTRAL,
+    norm="layer",
+    weights={**_MIXTRAL.weights, **_NORM_BIASES, "blocks.{}.mlp.W_router": Weight(f"{_MLP}.router.weight"), "unembed.b_U": Weight("lm_head.bias")},
+    router=Router(f"{_MLP}.router", probs="sparsemixer"),
+)
 
 _GPT_OSS = Architecture(
     layer=_LAYER,
@@ -297,6 +319,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "starcoder2": _STARCODER2,
     "stablelm": _STABLELM,
     "granite": _GRANITE,
+    "granitemoe": _GRANITE_MOE,
+    "phimoe": _PHIMOE,
     "gpt_oss": _GPT_OSS,
     "deepseek_v2": _DEEPSEEK_V2,
     "deepseek_v3": _DEEPSEEK_V3,

@@ -170,7 +170,7 @@ def _router_hook(tap: Tap, layer: int, router: Router, name: str) -> Callable[..
         changed = tap.through("router_logits", layer, logits, name)
         logits = logits if changed is None else changed
         scores = probabilities(router, logits)
-        rerouted = tap.through("router_probs", layer, scores, f"{router.probs}({name})") if router.probs != "chosen" else None
+        rerouted = tap.through("router_probs", layer, scores, f"{router.probs}({name})") if "router_probs" in router.sites else None
         if changed is None and rerouted is None:
             weights, indices = best_first(router, module, scores, weights, indices)
         else:
