@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 from backend.engines import Engine, OpenOptions, open_engine  # noqa: E402
 from backend.files.hf_keys import ARCHITECTURES  # noqa: E402
 from backend.sites import SITES  # noqa: E402
+from tests.phimoe import as_in_llama_cpp  # noqa: E402
 from tests.test_engines_agree import IDS, KINDS, NMSE, nmse  # noqa: E402
 from tests.test_hf_engine import capture  # noqa: E402
 from tests.tiny_models import TinyModel, architecture_of, save_tiny  # noqa: E402
@@ -81,6 +82,13 @@ _LIMITS: Mapping[str, str] = {
     "starcoder2": _WINDOW,
     "stablelm, parallel": "as StableLM 2 12B: attention and MLP read the same norm and no block reads resid_mid; a norm of each head's queries and keys",
     "granite": "`result` is taken before the multiplier that follows W_O",
+    "granitemoe": "`result` is taken before the multiplier that follows W_O; `expert_out` and `mlp_out` include the multiplier that follows the experts' sum",
+    "phimoe": (
+        "**llama.cpp computes another model than its makers'**: RMS norms (gain and bias) where they have LayerNorm, and the chosen experts' weights renormalised "
+        "to sum to 1 where they have sparsemixer's, each expert's softmax over those that come close to it, which sum to up to 2. Each engine shows what it "
+        "computes, a capture of a GGUF file says so, and the numbers above are of PyTorch with those two replaced by llama.cpp's; so there is no other departure. "
+        f"With sparsemixer there are no router_probs in PyTorch. Direct logit attribution is refused: the logits have a bias; {_WINDOW}"
+    ),
     "gpt_oss": (
         f"{_WINDOWS}; attention sinks take part of each row, so that rows of the pattern sum to less than 1; the router's softmax runs over the chosen "
         "experts alone, so there are no router_probs; folders in MXFP4 are refused, GGUF files in MXFP4 are read. llama.cpp rounds the range of "
@@ -134,6 +142,7 @@ def main() -> None:
         for kind in KINDS:
             tiny: TinyModel = save_tiny(kind, Path(folder) / kind)
             hf, gguf, gguf_f16 = open_engine(tiny.hf, _OPTIONS), open_engine(tiny.gguf, _OPTIONS), open_engine(tiny.gguf, replace(_OPTIONS, kv_cache="f16"))
+            as_in_llama_cpp(hf)
             held[kind], default[kind] = errors_between((hf, gguf)), errors_between((hf, gguf_f16))
             rows.append(limits_row(kind, gguf))
             for engine in (hf, gguf, gguf_f16):
