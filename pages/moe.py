@@ -18,6 +18,7 @@ from components.figures.theme import no_figure
 from components.follow_token import position_in
 from components.moe_ablation import MEASURES, ablation_card
 from components.moe_cards import moe_cards
+from components.moe_super_experts import super_experts_card
 from components.moe_tables import alike_table, compared_words, legend, measures_table, strip, token_table
 from components.moe_usage import VIEWS, usage_card
 from components.services import services
@@ -34,6 +35,7 @@ def layout(trace: str | None = None, layer: str | None = None, against: str | No
         others = values.others(opened)
         known = against if any(each["value"] == against for each in others) else values.NONE
         more = [ablation_card(opened, as_choice(effect, list(MEASURES), "nll")), usage_card(opened, as_choice(usage, list(VIEWS), "category"))]
+        more.append(super_experts_card(opened))
         return moe_cards(len(routing_layers(opened)), opened.info.n_experts, others, str(known), more)
 
     def controls(opened: Trace) -> Any:

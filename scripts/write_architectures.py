@@ -31,7 +31,8 @@ _INTRODUCTION = f"""# Architectures
 
 Every architecture below is complete in both engines: the same weights, as a Hugging Face folder in float32 and as an F32 GGUF file, give
 the same value at every site that exists in it, in every layer that has it, with the same edits too. The limit is a normalised mean
-squared error of {NMSE:g}, with llama.cpp's key/value cache in float32. The tables show the largest error over the layers of a tiny random model
+squared error of {NMSE:g}, with llama.cpp's key/value cache in float32. Of phimoe, which llama.cpp computes otherwise than its
+makers, they do so once llama.cpp's norms and expert weights are put into PyTorch: see below. The tables show the largest error over the layers of a tiny random model
 whose gains and biases are moved off their defaults. An empty cell: the architecture has no such site, and both engines refuse it by name.
 
 `tests/test_engines_agree.py` holds the limit, the identities of a transformer, causality, generation, weights by name and the edits for each
@@ -127,7 +128,7 @@ def limits_row(kind: str, gguf: Engine) -> str:
         layers = [layer for at, layer in sorted(gguf.places, key=str) if at == name]
         if not site.derived and not layers and (gguf.info.is_moe or not site.moe):
             absent.append(name)
-        elif site.per_layer and not site.derived and len(layers) < gguf.info.n_layers:
+        elif layers and site.per_layer and not site.derived and len(layers) < gguf.info.n_layers:
             absent.append(f"{name} ({'dense layers' if layers[0] == 0 else 'layers with experts'} only)")
     needed = [f"`{key}` = {value}" for key, value in ARCHITECTURES[architecture_of(kind)].requires]
     limits = _LIMITS.get(kind, "") + (f" (needed: {', '.join(needed)})" if needed else "")
