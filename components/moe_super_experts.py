@@ -17,9 +17,9 @@ from components.states import missing
 from components.token_label import token_label
 
 ABOUT = (
-    "The largest |value| that each expert put out over all tokens of this trace, before the router's weight (expert_out divided by expert_weights). Super experts "
-    f"(Su et al. 2025, arXiv 2507.23279) are those above the {PERCENTILE:g}th percentile of all experts and above {SHARE_OF_LARGEST:g} of the largest, in layers that form massive activations. "
-    "An expert that no token chose put out nothing and counts as 0.",
+    "The largest |value| that each expert put out over all tokens of this trace, before the router's weight (expert_out divided by expert_weights). "
+    f"Super experts (Su et al. 2025, arXiv 2507.23279) are those above the {PERCENTILE:g}th percentile of all experts and above {SHARE_OF_LARGEST:g} of the largest, "
+    "in layers that form massive activations. An expert that no token chose put out nothing and counts as 0.",
     "The paper reads those layers off a plot. Here a layer forms a massive activation where, at some token and dimension, |x| after the block is above 100 and above 1,000 times "
     "the median (Sun et al. 2024, arXiv 2402.17762), and larger by more than 100 than before it. Small models often have none: then no expert is super.",
     "Published: Qwen3-30B-A3B L1E68, L2E92, L3E82; Mixtral-8x7B L1E3; DeepSeek-V2-Lite L3E54, L4E38 (L2E54, L3E38 in the preprint, whose layers count otherwise). Layers count "
