@@ -7,10 +7,11 @@ from typing import Any
 from dash import Input, Output, State, callback, html
 
 from backend.analysis.super_experts import LISTED, PERCENTILE, SHARE_OF_LARGEST, SuperExpert, published
+from backend.estimate import in_bytes
 from backend.reports.super_experts import SITES, SuperExperts, outputs_layers, super_experts
 from backend.trace import Trace
 from components.card import card
-from components.figures.super_experts import largest_heatmap
+from components.figures.super_experts import largest_heatmap, plain
 from components.graph import graph, graph_tools
 from components.services import services
 from components.states import missing
@@ -40,8 +41,8 @@ def super_experts_card(trace: Trace) -> html.Section:
 
 def _cost(trace: Trace) -> str:
     n_layers = len(trace.stored.get("expert_indices", []))
-    megabytes = 2 * trace.n_tokens * trace.info.n_experts_used * trace.info.d_model * n_layers / 1e6
-    return f"The experts' outputs of these {trace.n_tokens:,} tokens take about {megabytes:,.1f} MB more in half precision."
+    n_bytes = 2 * trace.n_tokens * trace.info.n_experts_used * trace.info.d_model * n_layers
+    return f"The experts' outputs of these {trace.n_tokens:,} tokens take about {in_bytes(n_bytes)} more in half precision."
 
 
 @callback(
@@ -67,7 +68,7 @@ def known(trace: Trace) -> SuperExperts:
 
 def _words(found: SuperExperts) -> str:
     verdict = found.verdict
-    limits = f"above the {PERCENTILE:g}th percentile ({verdict.percentile:.4g}) and above {SHARE_OF_LARGEST:g} of the largest ({verdict.largest:.4g})"
+    limits = f"above the {PERCENTILE:g}th percentile ({plain(verdict.percentile)}) and above {SHARE_OF_LARGEST:g} of the largest ({plain(verdict.largest)})"
     if verdict.supers:
         said = f"{len(verdict.supers)} super experts, framed: " if len(verdict.supers) > 1 else "1 super expert, framed: "
         said += f"{limits}, in a layer that forms massive activations ({', '.join(f'L{layer}' for layer in found.forming)})."
@@ -86,21 +87,22 @@ def _experts(n: int) -> str:
 
 def _table(trace: Trace, found: SuperExperts) -> html.Table:
     supers, named = {(each.layer, each.expert) for each in found.verdict.supers}, published(trace.info.name)
-    names = ("Expert", "Largest |output|", "with its weight", "of the largest", "Token", "Dimension", "Super", "Published")
+    names = ("Expert", "Largest |output|", "with its weight", "of the largest", "Token", "Dimension", "Super", "Published")[: 8 if named else 7]
     head = html.Tr([html.Th(name, className="num" if name in names[1:4] or name == "Dimension" else "") for name in names])
-    rows = [_row(trace, each, (each.layer, each.expert) in supers, (each.layer, each.expert) in named) for each in found.verdict.ranked]
+    rows = [_row(trace, each, (each.layer, each.expert) in supers, (each.layer, each.expert) in named if named else None) for each in found.verdict.ranked]
     seen = {(each.layer, each.expert) for each in found.verdict.ranked}
     for layer, expert in named:
         if layer in found.layers and expert < found.sizes.shape[1] and (layer, expert) not in seen:
             size = float(found.sizes[found.layers.index(layer), expert])
-            cells = [html.Td(f"{size:.4g}", className="num"), html.Td("–", className="num"), html.Td(f"{size / (found.verdict.largest or 1):.1%}", className="num")]
+            cells = [html.Td(plain(size), className="num"), html.Td("–", className="num"), html.Td(f"{size / (found.verdict.largest or 1):.2%}", className="num")]
             rows.append(html.Tr([html.Td(f"L{layer}E{expert}"), *cells, html.Td("–"), html.Td("–", className="num"), html.Td("no"), html.Td("yes")]))
     return html.Table([html.Thead(head), html.Tbody(rows)], className="ls-table compact")
 
 
-def _row(trace: Trace, each: SuperExpert, is_super: bool, is_published: bool) -> html.Tr:
+def _row(trace: Trace, each: SuperExpert, is_super: bool, is_published: bool | None) -> html.Tr:
     label = token_label(trace.token_texts[each.position], each.position in trace.special, 12)
     token = html.Td([html.Span(label, className="chip-token"), html.Span(f" {each.position}", className="muted small")])
-    numbers = [html.Td(words, className="num") for words in (f"{each.size:.4g}", f"{each.added:.4g}", f"{each.share:.1%}")]
-    ends = [html.Td(each.dimension, className="num"), html.Td("yes" if is_super else "no"), html.Td("yes" if is_published else "–")]
+    numbers = [html.Td(words, className="num") for words in (plain(each.size), plain(each.added), f"{each.share:.2%}")]
+    ends = [html.Td(each.dimension, className="num"), html.Td("yes" if is_super else "no")]
+    ends += [] if is_published is None else [html.Td("yes" if is_published else "–")]
     return html.Tr([html.Td(f"L{each.layer}E{each.expert}"), *numbers, token, *ends])

@@ -81,3 +81,14 @@ def test_a_trace_without_the_residual_stream_says_that_layers_cannot_be_told_and
     assert found.unknown == [0, 1, 2] and found.verdict.supers == [] and found.verdict.by_size[0].expert == EXPERT
     with pytest.raises(LayerscopeError, match="does not hold expert_out, expert_indices, expert_weights"):
         super_experts(traced(tiny.hf, tmp_path, ("expert_indices", "expert_weights")))
+
+
+def test_the_table_names_the_published_super_experts_of_a_model_of_that_name(tmp_path: Path) -> None:
+    from components.moe_super_experts import _table
+
+    trace = traced(planted(tmp_path / "Mixtral-8x7B-tiny").hf, tmp_path / "traces")
+    table = _table(trace, super_experts(trace))
+    head, body = table.children
+    rows = {row.children[0].children: [cell.children for cell in row.children] for row in body.children}
+    assert [cell.children for cell in head.children.children][-2:] == ["Super", "Published"]
+    assert rows["L1E3"][-2:] == ["no", "yes"] and rows[f"L{LAYER}E{EXPERT}"][-2:] == ["yes", "–"]

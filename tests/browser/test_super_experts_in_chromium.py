@@ -72,7 +72,7 @@ def test_the_planted_super_expert_is_drawn_framed_and_listed(server, opened):
     shapes = page.evaluate("() => document.querySelector('#moe-super .js-plotly-plot').layout.shapes.map(each => [each.x0, each.y0])")
     assert shapes == [[EXPERT - 0.5, LAYER - 0.5]]
     rows = [row.locator("td").all_inner_texts() for row in page.locator("#moe-super-table tbody tr").all()]
-    assert rows[0][0] == f"L{LAYER}E{EXPERT}" and rows[0][5] == str(DIMENSION) and rows[0][6:] == ["yes", "–"] and len(rows) == 8
+    assert rows[0][0] == f"L{LAYER}E{EXPERT}" and rows[0][5] == str(DIMENSION) and rows[0][6:] == ["yes"] and len(rows) == 8
     assert {row[6] for row in rows[1:]} == {"no"}
     assert page.locator("#moe-super-said").inner_text().startswith("1 super expert, framed: above the 99.5th percentile")
 
