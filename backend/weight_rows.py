@@ -156,7 +156,13 @@ class Half:
     half: int
 
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        return self.stored.read((2 * (rows // self.n_rows) + self.half) * self.n_rows + rows % self.n_rows)
+        return self.stored.read(self._stored_rows(rows))
+
+    def places(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self.stored.places(self._stored_rows(rows), columns)
+
+    def _stored_rows(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return (2 * (rows // self.n_rows) + self.half) * self.n_rows + rows % self.n_rows
 
 
 def _read_exactly(descriptor: int, path: Path, offset: int, n: int) -> bytes:
