@@ -11,6 +11,7 @@ from backend.engines import OpenOptions, open_engine
 from backend.errors import LayerscopeError
 from backend.files.hf_config import model_info
 from backend.notes import notes
+from backend.readout import open_readout
 from tests.phimoe import as_in_llama_cpp
 from tests.test_engines_agree import IDS, NMSE, nmse
 from tests.test_hf_engine import capture
@@ -57,3 +58,19 @@ def test_another_number_of_experts_than_its_router_picks_is_refused(tmp_path_fac
     folder = save_tiny("phimoe", tmp_path_factory.mktemp("three") / "phimoe", num_experts_per_tok=3).hf
     with pytest.raises(LayerscopeError, match="num_experts_per_tok = 3; phimoe models run with 2 only"):
         model_info(folder)
+
+
+def test_its_logits_have_a_bias_in_both_engines_and_no_attribution(tiny_model: Callable[[str], TinyModel]) -> None:
+    """W_U times the norm alone would be another model; a sum over the parts of the stream leaves the bias out, so that it is refused."""
+    tiny = tiny_model("phimoe")
+    for path in (tiny.hf, tiny.gguf):
+        engine = open_engine(path, OPTIONS)
+        values = capture(engine, IDS, ("resid_post", "ln_final_out", "logits"))
+        logits = values["ln_final_out", None] @ engine.weight("unembed.W_U").T
+        assert nmse(logits + engine.weight("unembed.b_U"), values["logits", None]) < NMSE < 1e-3 < nmse(logits, values["logits", None])
+        some = np.array([3, 200, 77])
+        resid = values["resid_post", engine.info.n_layers - 1]
+        assert nmse(engine.unembed(resid), values["logits", None]) < NMSE and nmse(engine.unembed(resid, some), values["logits", None][:, some]) < NMSE
+        engine.close()
+        with pytest.raises(LayerscopeError, match="adds a bias to its logits"):
+            open_readout(path)
