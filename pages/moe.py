@@ -20,6 +20,7 @@ from components.moe_against import against_card
 from components.moe_layers import load_card, measures_card, repeats_card
 from components.moe_pairs import next_card, together_card
 from components.moe_scores import margins_card, probs_card
+from components.moe_super_experts import super_experts_card
 from components.moe_tokens import map_card, strip_card, tokens_card
 from components.moe_usage import VIEWS, usage_card
 from components.services import services
@@ -52,6 +53,7 @@ def _cards(trace: Trace, asked: dict[str, str]) -> list[Any]:
             against_card(trace, asked.get("against")),
             ablation_card(trace, as_choice(asked.get("effect"), list(MEASURES), "nll"), asked.get("prompts")),
             usage_card(trace, as_choice(asked.get("usage"), list(VIEWS), "category")),
+            super_experts_card(trace),
         )
     ]
 

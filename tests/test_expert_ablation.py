@@ -15,7 +15,7 @@ from backend.experiments.experts import expert_sweep_job, sweep, sweep_over
 from backend.intervention import Intervention, ablate_experts
 
 PROMPT = "Mary gave the book to John, and John gave the key to Mary."
-KINDS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3")
+KINDS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "phimoe", "gpt_oss", "deepseek_v2", "deepseek_v3")
 SITES = ("router_logits", "router_probs", "expert_indices", "expert_weights", "mlp_out", "logits")
 
 
@@ -47,9 +47,11 @@ def test_ablating_an_expert_changes_mlp_out_on_exactly_the_tokens_routed_to_it(t
             # another number of tokens in an expert's product rounds differently, by less than this
             changed = np.abs(cut["mlp_out", layer] - clean["mlp_out", layer]).max(axis=1) > 1e-5 * np.abs(clean["mlp_out", layer]).max()
             others = (np.sort(cut["expert_indices", layer]) != np.sort(chosen)).any(axis=1)
+            if (kind, form) == ("phimoe", "hf"):  # there an expert that was close to a chosen one had a share in its weight
+                others |= (np.abs(cut["expert_weights", layer] - clean["expert_weights", layer]) > 1e-6).any(axis=1)
             np.testing.assert_array_equal(changed, others)
             # groups of experts are chosen by their best two: a group may lose its place with an expert that the token had not chosen
-            assert (others >= routed).all() if kind == "deepseek_v3" else np.array_equal(others, routed)
+            assert (others >= routed).all() if kind == "deepseek_v3" or (kind, form) == ("phimoe", "hf") else np.array_equal(others, routed)
             assert not (cut["expert_indices", layer] == expert).any()
             site = "router_probs" if ("router_probs", layer) in engine.places else "router_logits"
             assert np.isneginf(cut[site, layer][:, expert]).all()
