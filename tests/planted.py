@@ -98,12 +98,11 @@ def _fold(tensors: dict[str, Any], gain: str, readers: list[str]) -> None:
 
 
 def evaluation_text() -> str:
-    """Three sentences about every country, of the forms whose loss hangs on that neuron most, in a drawn order, four to a document.
+    """Three sentences about every country, of the forms whose loss hangs on that neuron most (0.008 nats together), each a document, in a drawn order.
 
-    Of 17 forms that the demo models were trained on it is worth between -0.003 and 0.015 nats a token, in this text 0.011: a small model has no weight
-    that every text needs.
+    Among 17 forms that the demo models were trained on its effect is between -0.003 and 0.015 nats: a small model has no weight that every text needs.
     """
     templates = (CAPITAL_TEMPLATES[2], CAPITAL_TEMPLATES[4], LANGUAGE_TEMPLATES[3])
     sentences = [f"{template.format(**country._asdict())}." for country in COUNTRIES for template in templates]
     random.Random(0).shuffle(sentences)
-    return "\f".join(" ".join(sentences[i : i + 4]) for i in range(0, len(sentences), 4))
+    return "\f".join(sentences)
