@@ -7,6 +7,7 @@
     hf_graph      the whole graph as it is executed
     hf_attention  the attention function that shows scores, pattern and z
     hf_router     how routers choose experts, for edits of their scores
+    hf_gradients  backward passes: gradients, and the Hessian's diagonal
     hf_native     outputs of modules by their own paths
     hf_weights    weights by their canonical names, read or changed for a while
     hf_placement  weights in fewer bits, or on several devices
@@ -46,8 +47,10 @@ from backend.engines import (
     never_stop,
     no_sink,
 )
+from backend.engines.expert_inputs import OnRows, watching_products
 from backend.engines.hf_architecture import finished
 from backend.engines.hf_generic import NO_UNEMBED, Generic, find
+from backend.engines.hf_gradients import Gradients
 from backend.engines.hf_graph import EDGES, Recorder
 from backend.engines.hf_native import Natives, listed
 from backend.engines.hf_placement import PACKED, arguments, quantization, stored_bits
@@ -211,6 +214,16 @@ class HfEngine:
     def code_bits(self, name: str) -> int:
         """See EditsWeights.code_bits."""
         return self._found(name).code_bits
+
+    def gradients(self, names: Sequence[str]) -> Gradients:
+        """Backward passes of the loss over windows of tokens, for the weights of these canonical names; see hf_gradients. Raises as `weight` does."""
+        return Gradients(self._model, self._row, self.info, min(self.n_ctx, WHOLE_LIMIT), [self._found(name) for name in names])
+
+    def expert_inputs(self, ids: list[int], layers: Sequence[int], on_rows: OnRows, should_stop: ShouldStop = never_stop) -> None:
+        """See ShowsExpertInputs."""
+        parameters = {layer: self._found(f"blocks.{layer}.mlp.experts.W_out").parameters[0] for layer in layers}
+        with watching_products(self.info, parameters, len(ids) * self.info.n_experts_used, on_rows):
+            self.run(ids, Request(()), no_sink, should_stop=should_stop)
 
     def _found(self, name: str) -> Found:
         return find_weight(self._model, self._row, self.info, name)

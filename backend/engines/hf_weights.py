@@ -29,13 +29,14 @@ _UINTS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 class Found:
     """A canonical weight in memory. parts: its values as views of the parameters, (out, in), one for each entry of the axis `each` or a single one.
 
-    rows: which of the part's rows are the weight's; None: all, in order.
+    rows: which of the part's rows are the weight's; None: all, in order. parameters: what the parts are views of.
     """
 
     name: str
     entry: Weight
     parts: tuple[Any, ...]
     rows: NDArray[np.int64] | None
+    parameters: tuple[Any, ...]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -52,14 +53,20 @@ class Found:
 
     def read(self, rows: NDArray[np.int64] | None) -> NDArray[np.float32]:
         """A float32 copy, of its first axis `rows` only."""
-        import torch
-
-        tensor = torch.stack(self.parts) if self.entry.each else self.parts[0]
-        if self.rows is not None:
-            tensor = tensor[self.rows]
+        tensor = self._joined(self.parts)
         tensor = tensor if rows is None else tensor[rows.tolist()]
         plus = self.entry.plus
         return to_numpy(tensor) + np.float32(plus) if plus else np.ascontiguousarray(to_numpy(tensor)).copy()
+
+    def of(self, tensors: Sequence[Any]) -> Any:
+        """What belongs to this weight in `tensors` of the shapes of its parameters, as their gradients: (out, in), or with the axis `each` before them."""
+        return self._joined([_view(tensor, self.entry) for tensor in tensors])
+
+    def _joined(self, parts: Sequence[Any]) -> Any:
+        import torch
+
+        tensor = torch.stack(tuple(parts)) if self.entry.each else parts[0]
+        return tensor if self.rows is None else tensor[self.rows]
 
 
 def find(model: Any, row: Architecture, info: ModelInfo, name: str) -> Found:
@@ -76,7 +83,7 @@ def find(model: Any, row: Architecture, info: ModelInfo, name: str) -> Found:
         why = "it is not in memory" if any(tensor.is_meta for tensor in tensors) else PACKED
         raise LayerscopeError(f"Weight {name[:80]!r} of {info.name} can be neither handed out nor changed: {why}.")
     parts = tuple(_view(tensor.detach(), entry) for tensor in tensors)
-    return Found(name, entry, parts, section_rows(entry.section, info, len(parts[0])) if entry.section else None)
+    return Found(name, entry, parts, section_rows(entry.section, info, len(parts[0])) if entry.section else None, tuple(tensors))
 
 
 def _parameter(model: Any, path: str) -> Any:

@@ -2,6 +2,7 @@
 
     protocol       what one run does, and the folder that it writes (docs/sensitivity.md)
     scores         a metric's scores, tensor by tensor
+    inputs         what enters each matrix over the text
     ranking        the top and the bottom of them, kept while they stream by
     perturbation   weights changed in place, and what that does to perplexity
     pruning        the same for whole shares of a model
@@ -17,7 +18,7 @@ METRICS = {
     "magnitude": "|w|",
     "grad_x_weight": "|w dL/dw|, L the mean loss over the text",
     "grad_squared": "mean over samples of (dL/dw)^2: the diagonal of the empirical Fisher matrix",
-    "hutchinson": "diagonal of the Hessian of L, by Rademacher probes: mean of z * Hz",
+    "hutchinson": "|diagonal of the Hessian of L|, by Rademacher probes z: |mean of z * Hz|",
     "wanda": "|w_ij| ||x_j||_2, x the input of the matrix over the text",
     "obs": "w_ij^2 / [H^-1]_jj, H = 2 X X^T + lambda I (SparseGPT)",
 }
