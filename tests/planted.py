@@ -32,7 +32,7 @@ from demo_words import COUNTRIES  # noqa: E402
 Matrix = NDArray[np.float64]
 
 # The most important neuron of demo-dense: of those with the largest outputs of layers 0 to 2, its ablation moves the predictions on the bundled text most
-# (KL divergence 0.0071 nats a token, the next 0.0015), and its loss (0.0054 nats over 24 windows of 128 tokens). It reads the words that a name follows.
+# (KL divergence 0.0071 nats a token, the next 0.0015), and its loss (on the bundled text 0.0013 nats over 24 windows, 0.0025 over 40). It reads the words that a name follows.
 LAYER, NEURON, CHANNEL, GAIN = 0, 349, 97, 3.0
 READERS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
