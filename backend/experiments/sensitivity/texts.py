@@ -42,7 +42,8 @@ class Text:
 def read_text(engine: Engine, path: str = "", max_samples: int = 50, max_length: int = 512) -> Text:
     """The first `max_samples` windows of a UTF-8 file (empty: the text that comes with Layerscope), of `max_length` tokens or the model's context.
 
-    Text runs on from window to window; at a form feed stand the model's end and start tokens, as where documents are packed for training; what is left at the end and fills none is left out, so that every window weighs the same.
+    Text runs on from window to window; at a form feed stand the model's end and start tokens, as where documents are packed for training. What is left
+    at the end and fills none is left out, so that every window weighs the same.
     Raises LayerscopeError for a file that is no text or too large, and for a text shorter than one window.
     """
     for what, value, low, high in (("windows", max_samples, 1, MAX_WINDOWS), ("tokens of a window", max_length, MIN_WINDOW, MAX_WINDOW)):
@@ -65,7 +66,8 @@ def read_text(engine: Engine, path: str = "", max_samples: int = 50, max_length:
         raise LayerscopeError(f"{file.name} has {len(ids):,} tokens, a text shorter than one window of {size:,}; give a longer text, or a smaller maximal length.")
     notes = [] if size == max_length else [f"A window has {size:,} tokens, the model's context, and not the {max_length:,} that were asked for."]
     if len(windows) < max_samples:
-        notes.append(f"The text fills {len(windows):,} of the {max_samples:,} windows that were asked for; its last {len(ids) - len(windows) * body:,} tokens fill none and are left out.")
+        left = len(ids) - len(windows) * body
+        notes.append(f"The text fills {len(windows):,} of the {max_samples:,} windows that were asked for; its last {left:,} tokens fill none and are left out.")
     return Text(file.name if path else "bundled", hashlib.sha256(data).hexdigest(), windows, notes)
 
 
