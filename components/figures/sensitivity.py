@@ -117,8 +117,8 @@ def overlap_lines(ks: Sequence[int], pairs: Sequence[Mapping[str, Any]], theme: 
         tone, words = palette[list(KINDS).index(pair["kind"])], f"{escape(pair['a'])} and {escape(pair['b'])}"
         mark = {"color": tone, "width": 2 if pair["kind"] != "metric" else 1.5, "dash": "dot" if pair["kind"] == "metric" else "solid"}
         lines.append(go.Scatter(x=list(ks), y=compact(_numbers([pair["jaccard"].get(str(k)) for k in ks])), mode="lines+markers", line=mark, marker={"size": 6, "color": tone},
-                                name=KINDS[pair["kind"]], legendgroup=pair["kind"], showlegend=pair["kind"] not in named, meta=words,
-                                hovertemplate=f"{words}<br>k = %{{x:,}}: %{{y:.3f}}<extra></extra>"))  # fmt: skip
+                                name=KINDS[pair["kind"]], legendgroup=pair["kind"], showlegend=pair["kind"] not in named, customdata=[words] * len(ks),
+                                hovertemplate="%{customdata}<br>k = %{x:,}: %{y:.3f}<extra></extra>"))  # fmt: skip
         named.add(pair["kind"])
     found = figure(theme, *lines, showlegend=True, legend=_LEGEND, margin={"t": 30, "l": 8, "r": 8, "b": 8})
     found.update_xaxes(title="k, weights of each ranking", type="log", tickmode="array", tickvals=list(ks), ticktext=[f"{k:,}" for k in ks], zeroline=False)
@@ -136,7 +136,8 @@ def pruning_curve(rows: Sequence[Mapping[str, Any]], theme: str = "light") -> go
     low, high = (_numbers([(row["ci"] or [row["ratio"]] * 2)[side] for row in shown]) for side in (0, 1))
     band = go.Scatter(x=compact(np.concatenate([x, x[::-1]])), y=compact(np.concatenate([high, low[::-1]])), fill="toself", fillcolor=f"{tone}2a", line={"width": 0}, mode="lines",
                       hoverinfo="skip", name="95 % interval")  # fmt: skip
-    said = [f"{row['sparsity'] or 0:.0%} asked, {z:.1%} zeros<br>perplexity × {number(r)} [{number(a)}, {number(b)}]" for row, z, r, a, b in zip(shown, x, ratio, low, high, strict=True)]
+    said = [f"{row['sparsity'] or 0:.0%} asked, {z:.1%} zeros<br>perplexity × {number(r)} [{number(a)}, {number(b)}]"
+            for row, z, r, a, b in zip(shown, x, ratio, low, high, strict=True)]  # fmt: skip
     line = go.Scatter(x=compact(x), y=compact(ratio), mode="lines+markers", line={"color": tone, "width": 2}, marker={"size": 7}, customdata=said, name="perplexity / baseline",
                       hovertemplate="%{customdata}<extra></extra>")  # fmt: skip
     found = figure(theme, band, line)
@@ -170,7 +171,8 @@ def layer_profiles(shares: NDArray[np.floating], layers: Sequence[int], names: S
     """Which layers the top weights of several runs lie in: a line a run. shares: (run, layer), each run's sum to 1."""
     palette = LINES["dark" if theme == "dark" else "light"]
     lines = [
-        go.Scatter(x=list(layers), y=compact(row), mode="lines+markers", name=escape(name), marker={"size": 6}, hovertemplate=f"{escape(name)}<br>layer %{{x}}: %{{y:.1%}}<extra></extra>",
+        go.Scatter(x=list(layers), y=compact(row), mode="lines+markers", name=escape(name), marker={"size": 6}, customdata=[escape(name)] * len(layers),
+                   hovertemplate="%{customdata}<br>layer %{x}: %{y:.1%}<extra></extra>",
                    line={"color": palette[i % len(palette)], "width": 2, "dash": _DASHES[i // len(palette) % len(_DASHES)]})
         for i, (name, row) in enumerate(zip(names, shares, strict=True))
     ]  # fmt: skip
