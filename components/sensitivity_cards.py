@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -55,8 +56,14 @@ ABOUT_SUPER = (
 )  # fmt: skip
 
 
-@callback(Output("sens-body", "children"), Input("sens-run", "data"), State("sens-asked", "data"))
+@callback(Output("sens-body", "children"), Input("sens-run", "data"), State("sens-asked", "data"), prevent_initial_call=True)
 def show_run(run_id: str | None, asked: dict[str, Any]):
+    """Another run. The first is in the page's layout: Dash calls nothing at the start that depends only on outputs of callbacks that wait for a click."""
+    return run_body(run_id, asked)
+
+
+def run_body(run_id: str | None, asked: Mapping[str, Any]) -> Any:
+    """The cards of a run, or the sentence that says why there are none."""
     if not run_id:
         return empty("No run chosen", "Choose a run above, or start a new one: what it found is shown here.", symbol="crosshair")
     try:
@@ -87,7 +94,7 @@ def _summary(run: SensitivityRun) -> html.Section:
         "Took": ", ".join(f"{name} {value:.3g} s" for name, value in seconds.items() if isinstance(value, int | float)) if isinstance(seconds, dict) else None,
         "Not measured": ", ".join(not_measured(run)) or None,
     }
-    words = command_line(run)
+    words = [part for option in re.split(r" (?=--)", command_line(run)) for part in (html.Span(option, className="sens-option"), " ")]  # a line breaks between options
     command = html.Div([html.Code(words, id="sens-command", className="sens-command"), html.Button("Copy", className="tool", type="button", title="Copy the command",
                         **{"data-copy-from": "sens-command"})], className="sens-repeat")  # fmt: skip
     notes = html.Ul([html.Li(note) for note in manifest["notes"]], className="sens-notes") if manifest["notes"] else None
@@ -117,6 +124,10 @@ def _choose(id: str, options: Mapping[str, Any], value: str) -> dcc.Dropdown:
     return dcc.Dropdown(offered, value, id=id, clearable=False, searchable=False, className="picker-metric")
 
 
+def _pickers(label: str, pick: dcc.Dropdown) -> html.Div:
+    return html.Div(html.Label([html.Span(label), pick]), className="controls")
+
+
 def _height(n_rows: int) -> int:
     return 240 + min(22 * max(n_rows, 6), 400)
 
@@ -124,14 +135,16 @@ def _height(n_rows: int) -> int:
 def _distribution_card(run: SensitivityRun, asked: Mapping[str, Any]) -> html.Section:
     pick = _choose("sens-group", GROUPS, as_choice(asked.get("group"), list(GROUPS), "component"))
     height = _height(max(len(layers_of(run)), len(components_of(run)))) + 60
-    return card("Distribution of the scores", graph("sens-scores", height, className="fill"), "Every score above 0. Marked: where the top weights begin.",
-                [pick, *graph_tools("sens-scores", "score-distribution")], list(ABOUT_DISTRIBUTION), className="fill")  # fmt: skip
+    body = [_pickers("Rows", pick), graph("sens-scores", height, className="fill")]
+    return card("Distribution of the scores", body, "Every score above 0. Marked: where the top weights begin.", graph_tools("sens-scores", "score-distribution"),
+                list(ABOUT_DISTRIBUTION), className="fill")  # fmt: skip
 
 
 def _map_card(run: SensitivityRun, asked: Mapping[str, Any]) -> html.Section:
     pick = _choose("sens-stat", STATISTICS, as_choice(asked.get("stat"), list(STATISTICS), "p99"))
-    return card("Layers and components", graph("sens-map", _height(len(layers_of(run))), className="fill"), "Layers down, components across.",
-                [pick, *graph_tools("sens-map", "scores-by-layer")], ABOUT_MAP, className="fill")  # fmt: skip
+    body = [_pickers("Statistic", pick), graph("sens-map", _height(len(layers_of(run))), className="fill")]
+    return card("Layers and components", body, "Layers down, components across. Click a cell to see its top weights.", graph_tools("sens-map", "scores-by-layer"),
+                ABOUT_MAP, className="fill")  # fmt: skip
 
 
 def _top_card(run: SensitivityRun) -> html.Section:

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from backend.errors import LayerscopeError
 from backend.reports.sensitivity_run import SensitivityRun, manifests
 from components.card import card
-from components.figures.sensitivity import depth_cells, layer_profiles
+from components.figures.sensitivity import depth_cells, profile_lines
 from components.figures.theme import escape
 from components.graph import graph, graph_tools
-from components.sensitivity_values import number, opened
+from components.sensitivity_values import GROUPS, number, opened
 from components.services import services
 from components.states import error
 from components.trace_view import one_line, short_date
@@ -23,8 +23,8 @@ from components.trace_view import one_line, short_date
 MOST_COMPARED = 8
 MOST_LISTED = 200
 ABOUT = (
-    "Left: which layers the top weights of each run lie in, as shares of its own. Right: Jaccard overlap |A ∩ B| / |A ∪ B| of the top weights of two runs, a weight being its "
-    "tensor, row and column (and expert): for runs of one model, or of models of the same names and sizes.",
+    "Left: which components or layers the top weights of each run lie in, as shares of its own. Right: Jaccard overlap |A ∩ B| / |A ∪ B| of the top weights of two runs, a weight "
+    "being its tensor, row and column (and expert): for runs of one model, or of models of the same names and sizes.",
     "The command python -m backend sensitivity compare tests differences for significance and writes them down.",
 )
 
@@ -38,19 +38,22 @@ def comparison_card(run_id: str, asked: Mapping[str, Any]) -> html.Section:
     pick = dcc.Dropdown(options, known, id="sens-with", multi=True, placeholder="choose other runs", className="sens-with")
     panes = html.Div(
         [
-            html.Div([html.Div(graph_tools("sens-profiles", "layer-profiles")[:-1], className="sens-pane-tools"), graph("sens-profiles", 340)]),
+            html.Div([html.Div(graph_tools("sens-profiles", "top-weight-profiles")[:-1], className="sens-pane-tools"), graph("sens-profiles", 340)]),
             html.Div([html.Div(graph_tools("sens-overlap", "overlap-of-runs"), className="sens-pane-tools"), graph("sens-overlap", 340)]),
         ],
         id="sens-panes", className="sens-panes", hidden=True,
     )  # fmt: skip
-    body = [html.Label([html.Span("With"), pick], className="sens-with-label"), html.Div(id="sens-compared", role="status"), panes]
-    words = "Layers of the top weights, and how many two runs share." if others else "There is no other run to compare with yet."
+    views: Any = [{"label": words, "value": name} for name, words in GROUPS.items()]
+    group = dcc.Dropdown(views, "component", id="sens-profile", clearable=False, searchable=False, className="picker-metric")
+    pickers = html.Div([html.Label([html.Span("With"), pick], className="sens-with-label"), html.Label([html.Span("Top weights"), group])], className="controls")
+    body = [pickers, html.Div(id="sens-compared", role="status"), panes]
+    words = "Where the top weights lie, and how many of them two runs share." if others else "There is no other run to compare with yet."
     return card("Compare runs", body, words, about=list(ABOUT), className="wide")
 
 
 @callback(Output("sens-profiles", "figure"), Output("sens-overlap", "figure"), Output("sens-compared", "children"), Output("sens-panes", "hidden"),
-          Input("sens-with", "value"), Input("theme", "data"), State("sens-run", "data"))  # fmt: skip
-def show_comparison(chosen: Sequence[str] | None, theme: str, run_id: str):
+          Input("sens-with", "value"), Input("sens-profile", "value"), Input("theme", "data"), State("sens-run", "data"))  # fmt: skip
+def show_comparison(chosen: Sequence[str] | None, group: str, theme: str, run_id: str):
     try:
         runs = [opened(run_id), *(opened(name) for name in (chosen or ())[: MOST_COMPARED - 1])]
     except LayerscopeError as problem:
@@ -58,29 +61,30 @@ def show_comparison(chosen: Sequence[str] | None, theme: str, run_id: str):
     if len(runs) < 2:
         return {}, {}, None, True
     names = _names(runs)
-    layers, shares = profiles(runs)
+    places, shares = profiles(runs, group)
     values = overlaps(runs)
     hovers = np.array([[f"{escape(a)}<br>{escape(b)}<br>Jaccard {number(float(v))}" for b, v in zip(names, row, strict=True)]
                        for a, row in zip(names, values, strict=True)], object)  # fmt: skip
     numbered = [str(i + 1) for i in range(len(names))]
     grid = depth_cells(values, names, numbered, "Jaccard overlap of the top weights", hovers, theme, top=1.0, text=".2f")
     cut = " The first 8 are shown." if len(chosen or ()) >= MOST_COMPARED else ""
-    return layer_profiles(shares, layers, names, theme), grid, f"{len(runs)} runs.{cut}", False
+    return profile_lines(shares, places, names, group, theme), grid, f"{len(runs)} runs.{cut}", False
 
 
 def _names(runs: Sequence[SensitivityRun]) -> list[str]:
     return [f"{i + 1} {one_line(run.label, 46)}" for i, run in enumerate(runs)]
 
 
-def profiles(runs: Sequence[SensitivityRun]) -> tuple[list[int], NDArray[np.float64]]:
-    """(layers, shares (run, layer)): which layers the top weights of each run lie in."""
-    layers = sorted({row["layer"] for run in runs for row in run.stats["tensors"] if row["layer"] is not None})
-    counts = np.zeros((len(runs), len(layers)))
+def profiles(runs: Sequence[SensitivityRun], group: str) -> tuple[list[str], NDArray[np.float64]]:
+    """(places, shares (run, place)): which layers or components the top weights of each run lie in."""
+    keys: list[Any] = list(dict.fromkeys(row[group] for run in runs for row in run.stats["tensors"] if row["layer"] is not None))
+    places = sorted(keys) if group == "layer" else keys
+    counts = np.zeros((len(runs), len(places)))
     for i, run in enumerate(runs):
         for row in run.stats["tensors"]:
             if row["layer"] is not None:
-                counts[i, layers.index(row["layer"])] += row["n_top"] or 0
-    return layers, counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+                counts[i, places.index(row[group])] += row["n_top"] or 0
+    return [f"L{place}" if group == "layer" else str(place) for place in places], counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
 
 
 def overlaps(runs: Sequence[SensitivityRun]) -> NDArray[np.float64]:

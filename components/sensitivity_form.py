@@ -24,58 +24,51 @@ def sensitivity_form(models: Sequence[ModelEntry], chosen: str | None) -> html.D
     kind = entry.kind if entry else "hf"
     start = form_values(presets(kind == "gguf")[START])
     extras: Any = [{"label": words, "value": name} for name, words in EXTRAS.items()]
+    names = [entry.name for entry in usable]
+    pick_model = dcc.Dropdown(names, entry.name if entry else None, id="sens-model", clearable=False, placeholder="no model found")
+    pick_metric = html.Div([_pick("metric", metric_options(kind), start), html.Div("", id="sens-formula", className="field-hint")])
+    grid = [
+        html.Div(field("Model", pick_model, id="sens-model"), className="sens-double"),
+        html.Div(field("Metric", pick_metric, id=FIELDS["metric"]), className="sens-double"),
+        *_ranking_fields(start), *_text_fields(start),
+    ]  # fmt: skip
     run = html.Button([icon("play"), "Run"], id="sens-start", className="btn btn-primary", type="button", n_clicks=0, disabled=not usable)
+    checks = dcc.Checklist(extras, start["extras"], id=FIELDS["extras"], className="checks", inline=True)
+    also = html.Div([html.Span("Also", className="field-label"), checks], className="sens-also")
     return html.Div(
         [
             html.Div([set_button(name, "sens-preset", name, "chip") for name in presets(False)], className="chips", role="group", **{"aria-label": "Presets of the protocol"}),
-            html.Div(
-                [
-                    field("Model", dcc.Dropdown([entry.name for entry in usable], entry.name if entry else None, id="sens-model", clearable=False, placeholder="no model found"),
-                          id="sens-model"),
-                    field("Metric", _pick("metric", metric_options(kind), start), id=FIELDS["metric"]),
-                ],
-                className="fields sens-two",
-            ),
-            html.Div(_perturbation_fields(start), className="fields sens-five"),
-            html.Div(_evaluation_fields(start), className="fields sens-five"),
-            html.Div(_scope_fields(start), className="fields sens-four"),
-            html.Div([html.Span("Also", className="field-label"), dcc.Checklist(extras, start["extras"], id=FIELDS["extras"], className="checks", inline=True)],
-                     className="sens-also"),
-            html.Div(id="sens-cost", className="estimate", role="status"),
-            html.Div([run, html.Div(id="sens-refused")], className="form-foot"),
+            html.Div(grid, className="sens-fields"),
+            html.Div([run, also, html.Div(id="sens-cost", className="estimate sens-cost", role="status")], className="form-foot"),
+            html.Div(id="sens-refused"),
         ],
         className="form",
     )  # fmt: skip
 
 
-def _perturbation_fields(start: Mapping[str, Any]) -> list[html.Div]:
+def _ranking_fields(start: Mapping[str, Any]) -> list[html.Div]:
+    controls: Any = _spaced(CONTROLS)
     return [
         field("Ranked", _pick("mode", _spaced(MODES), start), id=FIELDS["mode"]),
         _number("Top-k", "topk", start, 1, MAX_TOPK, 1),
         field("Perturbation", _pick("perturb", _spaced(PERTURBATIONS), start), id=FIELDS["perturb"]),
         _number("Scale", "scale", start, -1e6, 1e6, "any"),
         _number("Bit", "bit", start, 0, 63, 1, "highest"),
+        field("Controls", dcc.Dropdown(controls, start["controls"], id=FIELDS["controls"], multi=True, placeholder="none"), id=FIELDS["controls"]),
+        _words("Seeds", "seeds", start, "0, 1, 2"),
+        _number("Hutchinson probes", "probes", start, 1, MAX_PROBES, 1),
     ]
 
 
-def _evaluation_fields(start: Mapping[str, Any]) -> list[html.Div]:
+def _text_fields(start: Mapping[str, Any]) -> list[html.Div]:
     offered = [{"label": "bundled", "value": BUNDLED}, *({"label": name, "value": name} for name in texts())]
-    controls: Any = _spaced(CONTROLS)
     return [
-        field("Controls", dcc.Dropdown(controls, start["controls"], id=FIELDS["controls"], multi=True, placeholder="none"), id=FIELDS["controls"]),
-        _words("Seeds", "seeds", start, "0, 1, 2"),
         field("Text", _pick("text", offered, start), id=FIELDS["text"]),
         _number("Windows", "samples", start, 1, MAX_SAMPLES, 1),
         _number("Tokens each", "length", start, MIN_LENGTH, MAX_LENGTH, 1),
-    ]
-
-
-def _scope_fields(start: Mapping[str, Any]) -> list[html.Div]:
-    return [
         _words("Layers", "layers", start, "all, or 0-2, 5"),
         field("Components", dcc.Dropdown(list(COMPONENTS), start["components"], id=FIELDS["components"], multi=True, placeholder="all"), id=FIELDS["components"]),
-        _words("Pruning sparsities", "prune", start, "none, or 0.1, 0.5"),
-        _number("Hutchinson probes", "probes", start, 1, MAX_PROBES, 1),
+        _words("Prune at", "prune", start, "none, or 0.1, 0.5"),
     ]
 
 

@@ -76,8 +76,7 @@ def unavailable(metric: str, kind: str) -> str:
 def metric_options(kind: str) -> list[dict[str, Any]]:
     """The metrics, those that the engine cannot give disabled, with the reason."""
     gone = {name: unavailable(name, kind) for name in METRICS}
-    return [{"label": f"{name} ({'needs gradients: Hugging Face models only' if gone[name] else formula.partition(':')[0]})", "value": name, "disabled": bool(gone[name])}
-            for name, formula in METRICS.items()]  # fmt: skip
+    return [{"label": f"{name} (needs gradients: Hugging Face models only)" if gone[name] else name, "value": name, "disabled": bool(gone[name])} for name in METRICS]
 
 
 def texts() -> list[str]:

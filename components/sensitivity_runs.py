@@ -29,7 +29,7 @@ def runs_card(filter: str | None) -> html.Section:
     pick = dcc.Dropdown(names, filter, id="sens-filter", placeholder="all models", className="picker-model", searchable=False)
     stores = [dcc.Store(id="sens-open"), dcc.Store(id="sens-delete")]
     body = html.Div(run_table(_of_model(filter), None), id="sens-list", className="sens-list")
-    return card("Runs", [*stores, body], "Newest first. Click one to look at it.", [html.Label([html.Span("Model", className="visually-hidden"), pick])], list(ABOUT))
+    return card("Runs", [*stores, body], "Newest first. Click one to look at it.", [html.Label(pick, **{"aria-label": "Model"})], list(ABOUT), className="wide")
 
 
 def _all() -> list[dict[str, Any]]:
@@ -44,7 +44,8 @@ def run_table(found: Sequence[Mapping[str, Any]], chosen: str | None) -> Any:
     """One row a manifest."""
     if not found:
         return empty("No run yet", "Choose a model and press Run: a quick look at a small model takes seconds.", symbol="crosshair")
-    head = html.Tr([html.Th("Model"), html.Th("Metric"), html.Th("Ranked"), html.Th("Top-k", className="num"), html.Th("Date"), html.Th("")])
+    head = html.Tr([html.Th("Model"), html.Th("Metric"), html.Th("Ranked"), html.Th("Top-k", className="num"), html.Th("Perturbation"), html.Th("Text"), html.Th("Date"),
+                    html.Th("")])  # fmt: skip
     return html.Div(html.Table([html.Thead(head), html.Tbody([_row(each, chosen) for each in found[:MOST_LISTED]])], className="ls-table compact"), className="table-scroll")
 
 
@@ -55,10 +56,18 @@ def _row(manifest: Mapping[str, Any], chosen: str | None) -> html.Tr:
     cells = [
         html.Td(set_button(name, "sens-open", key, "th-button sens-name")), html.Td(spec["metric"][:40], className="nowrap"),
         html.Td(spec["mode"].replace("_", " ")[:20], className="nowrap"),
-        html.Td(f"{spec['topk']:,}" if isinstance(spec.get("topk"), int) else "–", className="num"), html.Td(short_date(manifest["created"][:40]), className="nowrap"),
+        html.Td(f"{spec['topk']:,}" if isinstance(spec.get("topk"), int) else "–", className="num"), html.Td(str(spec.get("perturb") or "–").replace("_", " ")[:20]),
+        html.Td(_text_words(manifest.get("text"))), html.Td(short_date(manifest["created"][:40]), className="nowrap"),
         html.Td(delete, className="num"),
     ]  # fmt: skip
     return html.Tr(cells, className="chosen" if key == chosen else "")
+
+
+def _text_words(text: Any) -> str:
+    """ "bundled, 50 × 128 tokens", of a manifest that nobody has checked."""
+    if not isinstance(text, dict) or not all(isinstance(text.get(name), int) for name in ("n_windows", "window")):
+        return "–"
+    return f"{one_line(str(text.get('name')), 40)}, {text['n_windows']:,} × {text['window']:,} tokens"
 
 
 @callback(Output("sens-list", "children"), Output("sens-filter", "options"), Input("sens-run", "data"), Input("sens-filter", "value"), Input("sens-gone", "data"))

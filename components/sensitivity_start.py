@@ -34,7 +34,7 @@ def start_card(model: str | None) -> html.Section:
     """The card; its callbacks need `jobs-now` and write `sens-run`, the run that the page shows."""
     body = [sensitivity_form(services().library.models(), model), html.Div(id="sens-progress", className="home-progress", role="status")]
     stores = [dcc.Store(id="sens-preset"), dcc.Store(id="sens-job"), dcc.Store(id="sens-ready")]
-    return card("New run", [*stores, *body], "A preset fills the form; every field may be changed.", about=list(ABOUT))
+    return card("New run", [*stores, *body], "A preset fills the form; every field may be changed.", about=list(ABOUT), className="wide")
 
 
 @callback(*[Output(id, "value") for id in FIELDS.values()], Input("sens-preset", "data"), State("sens-model", "value"), prevent_initial_call=True)
@@ -57,11 +57,11 @@ def offer(model: str | None, metric: str):
     return metric_options(kind), "wanda" if kind == "gguf" and metric in GRADIENT_METRICS else no_update, extras
 
 
-@callback(Output(FIELDS["scale"], "disabled"), Output(FIELDS["bit"], "disabled"), Output(FIELDS["probes"], "disabled"), Input(FIELDS["perturb"], "value"),
-          Input(FIELDS["metric"], "value"))  # fmt: skip
+@callback(Output(FIELDS["scale"], "disabled"), Output(FIELDS["bit"], "disabled"), Output(FIELDS["probes"], "disabled"), Output("sens-formula", "children"),
+          Input(FIELDS["perturb"], "value"), Input(FIELDS["metric"], "value"))  # fmt: skip
 def enable(perturb: str, metric: str):
-    """Fields that mean nothing for what is chosen."""
-    return perturb not in ("scale", "gaussian"), perturb != "bit_flip", metric != "hutchinson"
+    """Fields that mean nothing for what is chosen are disabled; the metric's formula is said."""
+    return perturb not in ("scale", "gaussian"), perturb != "bit_flip", metric != "hutchinson", METRICS.get(metric, "")
 
 
 @callback(Output("sens-cost", "children"), Output("sens-cost", "className"), Input("sens-model", "value"), *[Input(id, "value") for id in FIELDS.values()])
@@ -70,9 +70,9 @@ def show_cost(model: str | None, *values: Any):
     try:
         spec = read_spec(_entry(model), dict(zip(FIELDS, values, strict=True)))
     except LayerscopeError as problem:
-        return str(problem), "estimate refused"
+        return str(problem), "estimate sens-cost refused"
     past = [each for each in manifests(services().settings.data_dir) if each["model"]["name"] == model]
-    return cost_words(spec, past), "estimate"
+    return cost_words(spec, past), "estimate sens-cost"
 
 
 @callback(Output("sens-job", "data"), Output("sens-refused", "children"), Input("sens-start", "n_clicks"), State("sens-model", "value"), *_STATES, prevent_initial_call=True)

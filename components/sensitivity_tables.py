@@ -81,7 +81,7 @@ def to_csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 def _table(head: Sequence[tuple[str, str]], rows: Iterable[Sequence[Any]], numeric_from: int = 1) -> html.Div:
     """A compact table. head: (title, what it means); cells from `numeric_from` on are numbers."""
     names = [html.Th(title, title=about or None, className="num" if i >= numeric_from else "") for i, (title, about) in enumerate(head)]
-    body = [html.Tr([html.Td(cell, className="num nowrap" if i >= numeric_from else "") for i, cell in enumerate(row)]) for row in rows]
+    body = [html.Tr([html.Td(cell, className="num nowrap" if i >= numeric_from else "nowrap" if len(row) < 9 else "") for i, cell in enumerate(row)]) for row in rows]
     return html.Div(html.Table([html.Thead(html.Tr(names)), html.Tbody(body)], className="ls-table compact"), className="table-scroll")
 
 

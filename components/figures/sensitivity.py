@@ -50,15 +50,14 @@ def score_distribution(edges: NDArray[np.floating], counts: NDArray[np.floating]
                        ticktext=[escape(name) for name in list(names)[::step]], tickfont={"family": MONO, "size": 11}, row=2, col=1)  # fmt: skip
     found.update_xaxes(zeroline=False, showgrid=False, nticks=9, **_POWERS)
     found.update_xaxes(title="score, log scale", row=2, col=1)
-    found.update_layout(margin={"b": 62})
     return _under(with_names(found, y=names), "share of the row's scores in a bin", theme)
 
 
 def _under(found: go.Figure, title: str, theme: str) -> go.Figure:
     """The unit of a scale bar that stands below an axis' own title."""
-    found.add_annotation(text=escape(title), showarrow=False, xref="paper", yref="paper", x=0, y=0, xanchor="left", yanchor="middle", xshift=188, yshift=-84,
+    found.add_annotation(text=escape(title), showarrow=False, xref="paper", yref="paper", x=0, y=0, xanchor="left", yanchor="middle", xshift=188, yshift=-66,
                          font={"size": 11, "color": colours(theme)["ink-2"]})  # fmt: skip
-    found.update_layout(margin={"b": 108})
+    found.update_layout(margin={"b": 90})
     return found
 
 
@@ -167,16 +166,17 @@ def _ticks(names: Sequence[str]) -> dict[str, Any]:
     return {"tickmode": "array", "tickvals": list(range(0, len(names), step)), "ticktext": [escape(name) for name in list(names)[::step]], "tickfont": {"size": 11}}
 
 
-def layer_profiles(shares: NDArray[np.floating], layers: Sequence[int], names: Sequence[str], theme: str = "light") -> go.Figure:
-    """Which layers the top weights of several runs lie in: a line a run. shares: (run, layer), each run's sum to 1."""
+def profile_lines(shares: NDArray[np.floating], places: Sequence[str], names: Sequence[str], across: str, theme: str = "light") -> go.Figure:
+    """Where the top weights of several runs lie: a line a run. shares: (run, place), each run's sum to 1; places: layers or components, named by `across`."""
     palette = LINES["dark" if theme == "dark" else "light"]
     lines = [
-        go.Scatter(x=list(layers), y=compact(row), mode="lines+markers", name=escape(name), marker={"size": 6}, customdata=[escape(name)] * len(layers),
-                   hovertemplate="%{customdata}<br>layer %{x}: %{y:.1%}<extra></extra>",
+        go.Scatter(x=list(range(len(places))), y=compact(row), mode="lines+markers", name=escape(name), marker={"size": 6},
+                   customdata=[f"{escape(name)}<br>{escape(place)}: {share:.1%}" for place, share in zip(places, row, strict=True)],
+                   hovertemplate="%{customdata}<extra></extra>",
                    line={"color": palette[i % len(palette)], "width": 2, "dash": _DASHES[i // len(palette) % len(_DASHES)]})
         for i, (name, row) in enumerate(zip(names, shares, strict=True))
     ]  # fmt: skip
     found = figure(theme, *lines, showlegend=True, legend=_LEGEND, margin={"t": 34, "l": 8, "r": 8, "b": 8})
-    found.update_xaxes(title="layer", dtick=max(1, len(layers) // 16), zeroline=False)
+    found.update_xaxes(title=across, zeroline=False, **_ticks(places))
     found.update_yaxes(title="share of the top weights", tickformat=".0%", rangemode="tozero", nticks=6)
-    return found
+    return with_names(found, places)

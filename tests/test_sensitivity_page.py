@@ -1,0 +1,334 @@
+"""The Sensitivity page's pure parts: what the form comes to, what a run's pictures are drawn from, where a weight lies in its file, what a damaged run says."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlparse
+
+import numpy as np
+import pytest
+from dash import html
+
+from backend.analysis.histograms import common, on_edges
+from backend.errors import LayerscopeError
+from backend.model_files import ModelEntry
+from backend.model_info import ModelInfo
+from backend.reports.sensitivity_check import checked
+from backend.reports.sensitivity_run import FOLDER, SensitivityRun, delete_run, manifests, open_run, run_folder
+from backend.sensitivity_spec import GRADIENT_METRICS, METRICS, Spec
+from backend.weight_places import place_in_file
+from backend.weights import open_weights
+from components import sensitivity_cards, sensitivity_request
+from components.figures import sensitivity as figures
+from components.sensitivity_comparison import overlaps, profiles
+from components.sensitivity_request import FIELDS, cost_words, form_values, metric_options, presets, read_spec
+from components.sensitivity_tables import MOST_ROWS, super_table, to_csv, top_csv, top_grid
+from components.sensitivity_values import distribution, not_measured, sentence, statistic_map, weight_link
+from tests.sensitivity_runs import write_run
+from tests.test_cards import parts, problems, text_of, unnamed
+from tests.tiny_models import TinyModel
+from tests.web_app import web_app
+
+HOSTILE = '<a href="javascript:alert(1)">x</a><br>%{z}'
+
+
+def entry(kind: str = "hf", name: str = "m") -> ModelEntry:
+    info = ModelInfo(name, name, kind, "mistral", n_layers=4, n_heads=2, n_kv_heads=2, d_model=8, d_head=4, d_mlp=16, d_vocab=10, n_ctx=64)
+    return ModelEntry(name, kind, Path(name), "models folder", info)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> SensitivityRun:
+    return checked(open_run(write_run(tmp_path / "run", n_layers=3)))
+
+
+# -- the form ------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", list(presets(False)))
+@pytest.mark.parametrize("kind", ["hf", "gguf"])
+def test_a_preset_fills_the_form_with_what_reads_back_as_itself(name: str, kind: str):
+    spec = presets(kind == "gguf")[name]
+    values = form_values(spec)
+    assert set(values) == set(FIELDS)
+    read = read_spec(entry(kind), values)
+    assert read == Spec(**{**spec.to_json(), "model": "m"})
+
+
+def test_everything_that_the_form_can_say_is_in_the_spec():
+    values = form_values(presets(False)["Quick look"]) | {
+        "metric": "hutchinson", "mode": "global", "topk": 7, "perturb": "bit_flip", "bit": 30, "controls": ["bottom_k"], "seeds": "3, 1, 3", "layers": "1-2", "probes": 4,
+        "components": ["mlp.W_out"], "samples": 5, "length": 64, "prune": "0.5,0.1", "extras": ["stability_check", "gradient_flow"],
+    }  # fmt: skip
+    wanted = Spec("m", "hutchinson", topk=7, mode="global", perturb="bit_flip", bit=30, controls=("bottom_k",), seeds=(3, 1), stability_check=True, prune=(0.1, 0.5),
+                  gradient_flow=True, layers=(1, 2), components=("mlp.W_out",), max_samples=5, max_length=64, probes=4)  # fmt: skip
+    assert read_spec(entry(), values) == wanted
+
+
+def test_a_bit_that_is_not_flipped_is_no_part_of_the_spec():
+    assert read_spec(entry(), form_values(presets(False)["Quick look"]) | {"bit": 3}).bit is None
+
+
+@pytest.mark.parametrize(("field", "value", "said"), [
+    ("metric", "vibes", "'vibes' is not one of magnitude"), ("topk", 0, "Top-k must be a whole number from 1 to 1,000,000, not '0'"), ("topk", None, "not 'None'"),
+    ("seeds", "0, x", "Seeds '0, x'"), ("seeds", "", "Seeds ''"), ("prune", "0.1, 1.5", "Sparsities '0.1, 1.5' are not numbers between 0 and 1"), ("prune", "half", "Sparsities"),
+    ("layers", "9", "There is no layer 9: the model has layers 0 to 3"), ("length", 4, "from 8 to 8,192"), ("samples", 1.5, "Windows"), ("perturb", "hit", "perturbation 'hit'"),
+    ("seeds", ",".join(map(str, range(30))), "30 seeds, and the limit is 20"), ("scale", "big", "The scale must be a number"),
+])  # fmt: skip
+def test_a_field_that_is_wrong_is_one_sentence_with_the_value_and_the_limit(field: str, value: Any, said: str):
+    with pytest.raises(LayerscopeError) as problem:
+        read_spec(entry(), form_values(presets(False)["Quick look"]) | {field: value})
+    assert said in str(problem.value)
+
+
+def test_gradients_are_offered_where_the_engine_has_them_and_refused_with_the_metrics_that_there_are():
+    disabled = {option["value"] for option in metric_options("gguf") if option["disabled"]}
+    assert disabled == set(GRADIENT_METRICS) and not any(option["disabled"] for option in metric_options("hf"))
+    assert {option["value"] for option in metric_options("hf")} == set(METRICS)
+    with pytest.raises(LayerscopeError, match="can be ranked by magnitude, wanda, obs"):
+        read_spec(entry("gguf"), form_values(presets(False)["Quick look"]))
+    with pytest.raises(LayerscopeError, match="Gradient flow needs gradients"):
+        read_spec(entry("gguf"), form_values(presets(True)["Quick look"]) | {"extras": ["gradient_flow"]})
+
+
+def test_the_text_is_a_file_of_the_folder_of_texts_and_nothing_else(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sensitivity_request, "texts", lambda: ["mine.txt"])
+    values = form_values(presets(False)["Quick look"])
+    assert read_spec(entry(), values | {"text": "mine.txt"}).text == "mine.txt"
+    for name in ("../secret.key", "other.txt", "/etc/passwd"):
+        with pytest.raises(LayerscopeError, match="no file"):
+            read_spec(entry(), values | {"text": name})
+
+
+def test_the_cost_counts_the_runs_over_the_text():
+    spec = Spec("m", "wanda", seeds=(0, 1, 2), prune=(0.5,), max_samples=10, max_length=100, super_weights=True)
+    words = cost_words(spec, [{"spec": {"metric": "obs"}, "seconds": {"a": 30.0, "b": 12.0}, "text": {"n_tokens": 900}}])
+    assert "At most 10 windows of 100 tokens, 1,000 in all. Ranking: one pass over the text." in words
+    assert "Perplexity: 7 runs over the text, more for super weights." in words  # baseline, top, three random, bottom, one sparsity
+    assert words.endswith("The last run of this model (obs, 900 tokens) took 42 s.")
+    assert "took" not in cost_words(spec, [{"spec": {"metric": "obs"}, "seconds": {"a": "long"}, "text": {"n_tokens": 900}}])
+
+
+# -- histograms, and where weights lie ---------------------------------------------------------------------------------------------------
+
+
+def test_counts_move_to_other_bins_in_proportion_and_none_is_lost():
+    edges, counts = np.array([0.0, 1.0, 2.0]), np.array([4, 8])
+    np.testing.assert_allclose(on_edges(edges, counts, np.array([-1, 0.5, 1.0, 1.25, 3])), [2, 2, 2, 6])
+    np.testing.assert_allclose(on_edges(edges, counts, edges), counts)
+    shared, found = common([(edges, counts), (np.array([1.5, 4.0]), np.array([10])), (np.array([]), np.array([]))], 8)
+    assert (shared[0], shared[-1]) == (0, 4) and found.sum(axis=1).tolist() == [12, 10, 0]
+    assert common([(np.array([]), np.array([]))], 3)[1].tolist() == [[0, 0, 0]]
+
+
+@pytest.mark.parametrize("tiny", ["tiny_mistral", "tiny_mixtral", "tiny_gpt2"])
+@pytest.mark.parametrize("engine", ["hf", "gguf"])
+def test_every_entry_is_found_in_the_stored_tensor(tiny: str, engine: str, request: pytest.FixtureRequest):
+    model: TinyModel = request.getfixturevalue(tiny)
+    weights = open_weights(getattr(model, engine))
+    rng, seen = np.random.default_rng(0), 0
+    for name in weights:
+        if not name.startswith("blocks.") or weights.lazy(name).ndim < 2:
+            continue
+        values = weights[name]
+        for flat in rng.integers(values.size, size=5):
+            index = [int(i) for i in np.unravel_index(flat, values.shape)]
+            place = place_in_file(weights, name, index[-2], index[-1], index[0] if len(index) == 3 else None)
+            stored = weights.stored(place.tensor)
+            matrices = stored[...].reshape(-1, *stored.shape[-2:])
+            assert matrices[place.matrix, place.row, place.column] == values[tuple(index)], (name, index)
+            seen += 1
+    assert seen > 50
+
+
+def test_a_place_outside_a_weight_is_named(tiny_mistral: TinyModel):
+    weights = open_weights(tiny_mistral.hf)
+    for row, column, expert in ((10**6, 0, None), (0, -1, None), (0, 0, 0)):
+        with pytest.raises(LayerscopeError, match="has no entry"):
+            place_in_file(weights, "blocks.0.mlp.W_out", row, column, expert)
+
+
+def test_a_weights_link_leads_to_the_stored_place_and_without_the_model_to_its_name(run: SensitivityRun, tiny_mistral: TinyModel, monkeypatch: pytest.MonkeyPatch):
+    row = {**run.top[0], "name": "blocks.1.attn.W_Q", "row": 3, "column": 5, "expert": None}
+    with web_app().server.test_request_context("/"):
+        query = parse_qs(urlparse(weight_link(run, row)).query)
+        assert query == {"model": ["demo-dense"], "tensor": ["blocks.1.attn.W_Q"]}  # an empty shelf
+    weights = open_weights(tiny_mistral.gguf)
+    monkeypatch.setattr("components.sensitivity_values.source", lambda _: type("Found", (), {"weights": weights}))
+    place = place_in_file(weights, row["name"], 3, 5)
+    query = parse_qs(urlparse(weight_link(run, row)).query)
+    assert query["tensor"] == ["blk.1.attn_q.weight"] and query["mark"] == [f"{place.row},{place.column}"] and place.row != 3  # the converter reordered W_Q
+    assert query["zoom"] == [f"{max(place.row - 24, 0)}-{place.row + 25},0-30"]
+
+
+# -- what is drawn -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_distribution_keeps_every_count_and_marks_where_each_layers_top_weights_begin(run: SensitivityRun):
+    total = sum(sum(row["histogram"]["counts"]) for row in run.stats["tensors"])
+    for group, n in (("component", 7), ("layer", 3)):
+        edges, counts, names, cuts = distribution(run, group)
+        assert len(names) == n and counts.sum() == pytest.approx(total)
+        figure = figures.score_distribution(edges, counts, names, cuts)
+        np.testing.assert_allclose(np.nansum(figure.data[1].z, axis=1), 1, rtol=1e-5)
+        np.testing.assert_allclose(np.sum(figure.data[0].y), 1, rtol=1e-5)
+    assert cuts == [math.log10(min(row["score"] for row in run.top if row["layer"] == layer)) for layer in range(3)]
+    np.testing.assert_allclose(figure.data[2].x, cuts, rtol=1e-6)
+    run.stats["mode"] = "global"
+    assert distribution(run, "component")[3] == [math.log10(min(row["score"] for row in run.top))]
+
+
+def test_the_map_holds_the_statistic_of_its_tensor_and_gaps_where_there_is_none(run: SensitivityRun):
+    run.stats["tensors"] = [row for row in run.stats["tensors"] if row["name"] != "blocks.1.attn.W_K"]
+    values, layers, components = statistic_map(run, "p99")
+    assert math.isnan(values[1, components.index("attn.W_K")]) and np.isnan(values).sum() == 1
+    assert values[layers.index(2), components.index("mlp.W_out")] == next(row["p99"] for row in run.stats["tensors"] if row["name"] == "blocks.2.mlp.W_out")
+
+
+def test_effects_have_their_ratio_and_interval_and_what_is_not_finite_is_left_out(run: SensitivityRun):
+    found = run.stats["perturbation"]["runs"]
+    figure = figures.effect_points(found)
+    x = {trace.name: np.asarray(trace.x) for trace in figure.data}
+    assert x["top"].tolist() == pytest.approx([3.2]) and len(x["random"]) == 3 and x["bottom"].tolist() == [1]
+    bars = figure.data[0].error_x
+    assert (bars.array[0], bars.arrayminus[0]) == pytest.approx((0.05 * 3.2, 0.05 * 3.2), rel=1e-5)
+    infinite = figures.effect_points([{**found[0], "ratio": None, "ci": None}, *found[1:]])
+    assert "top" not in {trace.name for trace in infinite.data}
+    assert figures.effect_points([{**found[0], "ratio": None}]).layout.annotations[0].text == "No perplexity is finite."
+
+
+def test_curves_of_overlap_and_pruning_are_those_of_the_run(run: SensitivityRun):
+    overlap = figures.overlap_lines(run.stats["stability"]["ks"], run.stats["stability"]["pairs"])
+    for line, pair in zip(overlap.data, run.stats["stability"]["pairs"], strict=True):
+        np.testing.assert_allclose(line.y, list(pair["jaccard"].values()), rtol=1e-6)
+    assert [line.name for line in overlap.data if line.showlegend] == list(figures.KINDS.values())
+    band, line = figures.pruning_curve(run.stats["pruning"]["rows"]).data
+    np.testing.assert_allclose(line.y, [1.3, 2.5], rtol=1e-6)
+    np.testing.assert_allclose(band.y, [1.32, 2.6, 2.4, 1.28], rtol=1e-6)
+    assert figures.pruning_curve([{"sparsity": 0.5, "zeros": 0.5, "ratio": None, "ci": None}]).layout.annotations[0].text.startswith("No perplexity")
+
+
+def test_the_sentence_says_what_the_top_weights_did_and_what_is_missing(run: SensitivityRun):
+    assert sentence(run) == ("Sign flip of the 20 top weights of demo-dense by grad_x_weight: perplexity × 3.2; as many at random × 1.012, at the bottom × 1.")
+    assert not_measured(run) == []
+    run.stats["perturbation"] = None
+    assert sentence(run) == "60 weights of demo-dense ranked by grad_x_weight." and not_measured(run) == ["perturbation"]
+
+
+def test_runs_are_compared_by_the_weights_they_share(run: SensitivityRun, tmp_path: Path):
+    other = open_run(write_run(tmp_path / "other", n_layers=3))
+    other.top[:] = other.top[:30]
+    values = overlaps([run, other])
+    assert values[0, 0] == 1 and values[0, 1] == values[1, 0] == pytest.approx(len({(r["name"], r["row"], r["column"]) for r in other.top}) /
+                                                                              len({(r["name"], r["row"], r["column"]) for r in run.top}))  # fmt: skip
+    places, shares = profiles([run, other], "layer")
+    assert places == ["L0", "L1", "L2"] and shares.tolist() == [[1 / 3] * 3] * 2
+
+
+def test_the_table_has_the_best_of_every_layer_first_and_the_file_has_all(run: SensitivityRun):
+    rows = top_grid(run).rowData
+    assert [row["rank"] for row in rows[:4]] == [1, 1, 1, 2] and rows[0]["score"] == max(row["score"] for row in run.top)
+    assert len(rows) == len(run.top) < MOST_ROWS and run.top[int(rows[5]["id"])]["score"] == rows[5]["score"]
+    read = list(csv.DictReader(io.StringIO(top_csv(run))))
+    assert len(read) == len(run.top) and float(read[7]["score"]) == run.top[7]["score"]
+    assert to_csv(["a"], [["=1+1"]]) == "a\n'=1+1\n"
+
+
+# -- cards, and hostile or damaged runs ---------------------------------------------------------------------------------------------------
+
+
+def cards_of(run: SensitivityRun) -> html.Div:
+    with web_app().server.test_request_context("/"):
+        return html.Div(sensitivity_cards.run_cards(run, "run", {}))
+
+
+def test_every_card_has_what_a_card_needs_and_a_row_is_never_half_empty(run: SensitivityRun):
+    shown = cards_of(run)
+    sections = [each for each in parts(shown) if isinstance(each, html.Section)]
+    assert len(sections) == 10
+    assert {text_of(section)[:40]: problems(section) for section in sections if problems(section)} == {}
+    assert unnamed(shown) == []
+    for absent in ("stability", "gradient_flow", "pruning"):
+        run.stats[absent] = None
+        grid = [each for each in parts(cards_of(run)) if getattr(each, "className", "") == "cards"][0]
+        assert sum("wide" not in section.className for section in grid.children) % 2 == 0
+        assert absent.replace("_", " ") in text_of(cards_of(run))  # under "Not measured"
+
+
+def test_the_command_repeats_the_run(run: SensitivityRun):
+    assert sensitivity_cards.command_line(run) == "python -m backend sensitivity"
+    run.manifest["command"] = []
+    words = sensitivity_cards.command_line(run)
+    assert words.startswith("python -m backend sensitivity --model demo-dense --metric grad_x_weight --topk 20 --mode per_layer --perturb sign_flip")
+    assert "--controls random_k,bottom_k --seeds 0,1,2 --stability-check" in words and "--layers" not in words and "--bit" not in words
+    run.manifest["spec"]["model"] = "a b; rm"
+    assert "--model 'a b; rm'" in sensitivity_cards.command_line(run)
+
+
+def test_names_of_a_hostile_run_are_text_everywhere(tmp_path: Path):
+    folder = write_run(tmp_path / "run", n_layers=2)
+    stats = json.loads((folder / "sensitivity_stats.json").read_text())
+    for row in stats["tensors"]:
+        row["component"] = HOSTILE
+    stats["stability"]["pairs"][0]["a"] = HOSTILE
+    stats["gradient_flow"]["components"] = [HOSTILE] * 7
+    stats["super_weights"]["candidates"][0]["name"] = HOSTILE
+    (folder / "sensitivity_stats.json").write_text(json.dumps(stats))
+    run = checked(open_run(folder))
+    edges, counts, names, cuts = distribution(run, "component")
+    places, shares = profiles([run, run], "component")
+    for figure in (figures.score_distribution(edges, counts, names, cuts), figures.overlap_lines([5], stats["stability"]["pairs"]),
+                   figures.profile_lines(shares, places, [HOSTILE, "b"], "component"), figures.depth_cells(np.ones((1, 1)), [HOSTILE], [HOSTILE], "u", np.full((1, 1), ""))):  # fmt: skip
+        said = figure.to_json()
+        assert "<a href" not in said and "\\u003ca href" not in said
+        assert not any("javascript" in (getattr(trace, "hovertemplate", "") or "") for trace in figure.data)
+    with web_app().server.test_request_context("/"):
+        link = next(each for each in parts(super_table(run)) if getattr(each, "href", ""))
+    assert link.href.startswith("/weights?model=demo-dense&tensor=%3Ca+href")
+
+
+@pytest.mark.parametrize(("path", "value", "said"), [
+    (("stats", "tensors", 0, "layer"), 10**9, "stats.tensors[0].layer is '1000000000'"), (("stats", "tensors", 0, "mean"), "x", "tensors[0].mean is 'x', not a finite number"),
+    (("stats", "tensors", 0, "histogram", "counts"), [1], "41 edges and 1 counts"), (("manifest", "model"), 5, "manifest.model is '5', not an object"),
+    (("stats", "perturbation", "runs", 0, "selection"), "all", "not one of top_k"), (("stats", "perturbation", "baseline", "ci"), [1], "not [low, high]"),
+    (("stats", "gradient_flow", "norm"), [[1.0]], "one row a component"), (("stats", "pruning", "rows", 0, "divergence"), [], "different numbers of layers"),
+    (("stats", "super_weights", "candidates", 0, "status"), "maybe", "not one of published"), (("stats", "super_weights", "candidates", 0, "row"), -1, "a whole number"),
+    (("manifest", "notes"), "one", "not a list"),
+])  # fmt: skip
+def test_a_run_that_is_not_what_it_should_be_is_one_sentence(run: SensitivityRun, path: tuple[Any, ...], value: Any, said: str):
+    at: Any = {"manifest": run.manifest, "stats": run.stats}
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = value
+    with pytest.raises(LayerscopeError) as problem:
+        checked(run)
+    assert said in str(problem.value) and str(problem.value).startswith("The run is damaged: ")
+
+
+def test_a_run_is_found_and_deleted_by_its_id_and_nothing_else_is(tmp_path: Path):
+    data, outside = tmp_path / "data", tmp_path / "outside"
+    write_run(data / FOLDER / "one")
+    write_run(data / FOLDER / "two", metric="wanda")
+    write_run(outside)
+    (data / FOLDER / "link").symlink_to(outside)
+    assert [each["folder"] for each in manifests(data)] == ["two", "one", "link"] or {each["folder"] for each in manifests(data)} == {"one", "two", "link"}
+    for bad in ("../outside", "..", ".", "", "one/../two", "a" * 65, "link", "three", "one\0"):
+        with pytest.raises(LayerscopeError):
+            delete_run(data, bad)
+    delete_run(data, "one")
+    assert [path.name for path in (data / FOLDER).iterdir() if path.name != "link"] == ["two"] and (outside / "manifest.json").is_file()
+    with pytest.raises(LayerscopeError, match="There is no sensitivity run 'one'; it may have been deleted"):
+        run_folder(data, "one")
+
+
+def test_a_list_leaves_out_what_says_nothing_readable(tmp_path: Path):
+    write_run(tmp_path / FOLDER / "good")
+    for name, text in (("broken", "{"), ("strange", json.dumps({"spec": 5, "model": {}, "created": ""})), ("names", json.dumps({"spec": {"metric": 1}, "model": {"name": 2}}))):
+        (tmp_path / FOLDER / name).mkdir()
+        (tmp_path / FOLDER / name / "manifest.json").write_text(text)
+    assert [each["folder"] for each in manifests(tmp_path)] == ["good"]
