@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlparse
@@ -126,11 +127,10 @@ def test_counts_move_to_other_bins_in_proportion_and_none_is_lost():
     assert common([(np.array([]), np.array([]))], 3)[1].tolist() == [[0, 0, 0]]
 
 
-@pytest.mark.parametrize("tiny", ["tiny_mistral", "tiny_mixtral", "tiny_gpt2"])
+@pytest.mark.parametrize("kind", ["mistral", "mixtral", "gpt2", "phi3", "gpt_oss"])
 @pytest.mark.parametrize("engine", ["hf", "gguf"])
-def test_every_entry_is_found_in_the_stored_tensor(tiny: str, engine: str, request: pytest.FixtureRequest):
-    model: TinyModel = request.getfixturevalue(tiny)
-    weights = open_weights(getattr(model, engine))
+def test_every_entry_is_found_in_the_stored_tensor(kind: str, engine: str, tiny_model: Callable[[str], TinyModel]):
+    weights = open_weights(getattr(tiny_model(kind), engine))
     rng, seen = np.random.default_rng(0), 0
     for name in weights:
         if not name.startswith("blocks.") or weights.lazy(name).ndim < 2:
@@ -283,7 +283,8 @@ def test_names_of_a_hostile_run_are_text_everywhere(tmp_path: Path):
     edges, counts, names, cuts = distribution(run, "component")
     places, shares = profiles([run, run], "component")
     for figure in (figures.score_distribution(edges, counts, names, cuts), figures.overlap_lines([5], stats["stability"]["pairs"]),
-                   figures.profile_lines(shares, places, [HOSTILE, "b"], "component"), figures.depth_cells(np.ones((1, 1)), [HOSTILE], [HOSTILE], "u", np.full((1, 1), ""))):  # fmt: skip
+                   figures.profile_lines(shares, places, [HOSTILE, "b"], "component"),
+                   figures.depth_cells(np.ones((1, 1)), [HOSTILE], [HOSTILE], "u", np.full((1, 1), ""))):  # fmt: skip
         said = figure.to_json()
         assert "<a href" not in said and "\\u003ca href" not in said
         assert not any("javascript" in (getattr(trace, "hovertemplate", "") or "") for trace in figure.data)
