@@ -104,11 +104,12 @@ class Model:
 
 def open_model(source: str | Path, engine: str | None = None, device: str = "auto", n_gpu_layers: int | Literal["auto"] = "auto",
                n_ctx: int | None = None, kv_cache: Literal["f16", "f32"] = "f16", dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto",
-               quantize: Literal["none", "int8", "nf4"] = "none", device_map: Literal["none", "auto"] = "none") -> Model:  # fmt: skip
+               quantize: Literal["none", "int8", "nf4"] = "none", device_map: Literal["none", "auto"] = "none", editable_weights: bool = False) -> Model:  # fmt: skip
     """Load a model: a preset name, a .gguf file, a folder of safetensors, or a hub id that is in the local cache.
 
     kv_cache "f32" is for exact comparisons of GGUF with HF. For folders: quantize stores the weights in 8 or 4 bits (bitsandbytes, a CUDA
-    device), device_map "auto" spreads them over the devices there are (accelerate). Raises LayerscopeError if the model cannot be found,
+    device), device_map "auto" spreads them over the devices there are (accelerate). editable_weights: of a GGUF file, so that `engine.perturbed` can write
+    them; folders always can. Raises LayerscopeError if the model cannot be found,
     read or fitted into memory.
     """
     from backend.engines import OpenOptions, open_engine
@@ -120,7 +121,7 @@ def open_model(source: str | Path, engine: str | None = None, device: str = "aut
     entry = shelf.resolve(str(source), confined=False)
     path = shelf.ready(entry)
     options = OpenOptions(device=device, n_gpu_layers=n_gpu_layers, n_ctx=n_ctx, n_threads=settings.n_threads, kv_cache=kv_cache, dtype=dtype,
-                          quantize=quantize, device_map=device_map)  # fmt: skip
+                          quantize=quantize, device_map=device_map, editable_weights=editable_weights)  # fmt: skip
     if (quantize, device_map) == ("none", "none"):  # else the weights go to devices that answer for themselves
         check_model_fits(describe(path), device)
     opened = open_engine(path, options, engine)

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
-from backend.commands import batch, embeddings, generate, moe, quantization, tuned_lens, weights
+from backend.commands import batch, embeddings, generate, moe, quantization, sensitivity, tuned_lens, weights
 from backend.commands import heads as heads_command
 from backend.commands.attribution import attribute
 from backend.commands.graph import graph
@@ -258,6 +258,7 @@ quantization.register(app, _Bar)
 embeddings.register(app, _Bar)
 tuned_lens.register(app, _Bar, lambda: _settings().data_dir)
 heads_command.register(app, _Bar)
+sensitivity.register(app, _Bar)
 
 
 def main(run: Callable[[], Any] = app) -> None:

@@ -12,7 +12,7 @@ METRICS = {
     "magnitude": "|w|",
     "grad_x_weight": "|w dL/dw|, L the mean loss over the text",
     "grad_squared": "mean over samples of (dL/dw)^2: the diagonal of the empirical Fisher matrix",
-    "hutchinson": "diagonal of the Hessian of L, by Rademacher probes: mean of z * Hz",
+    "hutchinson": "|diagonal of the Hessian of L|, by Rademacher probes z: |mean of z * Hz|",
     "wanda": "|w_ij| ||x_j||_2, x the input of the matrix over the text",
     "obs": "w_ij^2 / [H^-1]_jj, H = 2 X X^T + lambda I (SparseGPT)",
 }

@@ -25,6 +25,9 @@ class Rows(Protocol):
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Rows of the given numbers, (len(rows), columns)."""
 
+    def places(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where the values in these rows and columns lie among the stored ones, counted from the first in the order of the file."""
+
 
 @dataclass(frozen=True)
 class FileRows:
@@ -46,6 +49,9 @@ class FileRows:
         finally:
             os.close(descriptor)
         return self._decode(data[0] if len(data) == 1 else b"".join(data))
+
+    def places(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.int64]:
+        return rows * self.columns + columns
 
     def _decode(self, data: bytes) -> NDArray[np.float32]:
         if self.dtype in _FLOATS:
@@ -101,6 +107,9 @@ class StackedRows:
             out[owner == part] = self.parts[part].read(rows[owner == part] % self.rows_each)
         return out
 
+    def places(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.int64]:
+        return rows * self.parts[0].columns + columns
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -118,6 +127,9 @@ class Columns:
             out[mine] = self.stored.read(matrix * self.n_rows + np.arange(self.n_rows, dtype=np.int64))[:, column[mine]].T
         return out
 
+    def places(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self.stored.places(rows // self.n_columns * self.n_rows + columns, rows % self.n_columns)
+
 
 @dataclass(frozen=True)
 class EveryNth:
@@ -129,6 +141,10 @@ class EveryNth:
     def read(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         i, n = self.step
         return np.ascontiguousarray(self.stored.read(rows)[:, i::n])
+
+    def places(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.int64]:
+        i, n = self.step
+        return self.stored.places(rows, i + n * columns)
 
 
 def _read_exactly(descriptor: int, path: Path, offset: int, n: int) -> bytes:

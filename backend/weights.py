@@ -80,6 +80,13 @@ class Weight:
         values = self.rows.read(stored.reshape(-1)).reshape(*leading.shape, self.shape[-1])
         return values[..., index[-1]]
 
+    def places(self, at: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where the values at the places `at` of this weight (flat, C order) lie in the tensor that stores them, flat; of several tensors one after the other."""
+        row, column = np.divmod(at, self.shape[-1])
+        if self.row_order is not None:
+            row, column = (row, self.row_order[column]) if self.ndim == 1 else (self.row_order[row], column)
+        return self.rows.places(row, column)
+
     @property
     def why_unreadable(self) -> str | None:
         """Why a tensor under its native name has no values as float32 (it holds integers, or a type that nothing here reads); None: it has."""

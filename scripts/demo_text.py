@@ -76,6 +76,19 @@ def held_out_items(task: str, n: int, seed: int = 0) -> list[Item]:
     return items[:n]
 
 
+def held_out_documents(n_giving: int, seed: int) -> list[str]:
+    """Whole documents made of held-out items alone: every held-out fact once, one to three of them a document, and `n_giving` sentences of giving."""
+    rng = random.Random(seed)
+    facts = [item for task in ("capitals", "languages") for item in _HELD_OUT[task](rng, 0)]
+    rng.shuffle(facts)
+    found = [f"{_giving(rng, held_out=True)[0]}." for _ in range(n_giving)]
+    while facts:
+        n = rng.randint(1, 3)
+        found.append(" ".join(f"{item.prompt}{item.answer}." for item in facts[:n]))
+        facts = facts[n:]
+    return found
+
+
 def is_held_out(*parts: str) -> bool:
     """Whether an item belongs to the held-out quarter."""
     return zlib.crc32("|".join(parts).encode()) % 4 == 0

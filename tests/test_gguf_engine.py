@@ -567,7 +567,7 @@ def test_quantized_weights_run_and_are_read_as_the_kernels_see_them(tiny_llama: 
     params.ftype, params.nthread = 7, 2
     assert api.llama_model_quantize(str(tiny_llama.gguf).encode(), str(out).encode(), ctypes.byref(params)) == 0
     for plain in (False, True):
-        engine = GgufEngine(out, EXACT, editable_weights=plain)
+        engine = GgufEngine(out, replace(EXACT, editable_weights=plain))
         assert engine.info.quantization == "Q8_0" and engine.info.weight_types["Q8_0"] > 10
         # Q8_0 rounds weights and activations to 8 bits; random weights have no margin to absorb it, trained ones do ten times better.
         assert 0 < nmse(logits_with(engine, ids=IDS), logits_with(llama, ids=IDS)) < 1e-2

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backend.engines.threads import default_threads as default_threads
+from backend.engines.weight_edits import EditsWeights
 from backend.errors import LayerscopeError, ranges
 from backend.intervention import Intervention, edits_by_place
 from backend.model_info import ModelInfo
@@ -148,6 +149,7 @@ class OpenOptions:
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"  # HF; auto: float32 on a CPU, the file's own on a GPU
     quantize: Literal["none", "int8", "nf4"] = "none"  # HF: the weights in fewer bits, by bitsandbytes on a CUDA device
     device_map: Literal["none", "auto"] = "none"  # HF; auto: spread over the devices there are, by accelerate
+    editable_weights: bool = False  # GGUF: in memory of its own instead of the mapped file, so that `perturbed` can write; HF: always
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ class Tokens:
     texts: tuple[str, ...] = field(default=())
 
 
-class Engine(Protocol):
+class Engine(EditsWeights, Protocol):
     """One loaded model. Not thread-safe; one run at a time. Runs leave no trace: hooks and edits are gone when `run` returns."""
 
     info: ModelInfo

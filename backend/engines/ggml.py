@@ -4,6 +4,7 @@
     view(t)                     a tensor's values where they lie, or a copy where that is not this machine's memory
     read(t), write(t, values)   a tensor's values through ggml_backend_tensor_get/set: right on every backend, CPU or GPU
     dequantize(type, bytes, n)  ggml's to_float: the numbers that its kernels see
+    quantize(type, values)      ggml's own rounding to that type
     open_llama()                llama_cpp, its back end initialised and its log lines kept instead of printed
 
 Only libggml-base.so is loaded until open_llama() is called, so weights can be dequantized where llama.cpp never comes in.
@@ -93,6 +94,9 @@ def _base() -> ctypes.CDLL:
     lib.ggml_op_name.argtypes, lib.ggml_op_name.restype = [ctypes.c_int], ctypes.c_char_p
     lib.ggml_op_desc.argtypes, lib.ggml_op_desc.restype = [ctypes.POINTER(Tensor)], ctypes.c_char_p
     lib.ggml_backend_buffer_name.argtypes, lib.ggml_backend_buffer_name.restype = [ctypes.c_void_p], ctypes.c_char_p
+    lib.ggml_quantize_chunk.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
+    lib.ggml_quantize_chunk.restype = ctypes.c_size_t
+    lib.ggml_quantize_requires_imatrix.argtypes, lib.ggml_quantize_requires_imatrix.restype = [ctypes.c_int], ctypes.c_bool
     lib.ggml_get_type_traits.argtypes, lib.ggml_get_type_traits.restype = [ctypes.c_int], ctypes.POINTER(_TypeTraits)
     return lib
 
@@ -150,6 +154,33 @@ def dequantize(type_id: int, data: Any, n: int, out: NDArray[np.float32] | None 
         raise LayerscopeError(f"ggml cannot convert the type {type_traits(type_id)[0]} to float32.")
     _TO_FLOAT(to_float)(raw.ctypes.data, out.ctypes.data, n)
     return out
+
+
+def quantize(type_id: int, values: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Finite values (block, values in a block) as ggml stores them: (block, bytes of a block). Inverse of `dequantize`, up to rounding.
+
+    Types that ggml quantizes with an importance matrix only are given equal importances. The codebook types make their tables
+    at the first call, which takes up to ten seconds for IQ1_S and IQ1_M.
+    """
+    n, block = values.shape
+    assert block == type_traits(type_id)[1] and np.isfinite(values).all(), "whole blocks of finite values: ggml asserts it too, and ends the process"
+    lib, source = _base(), np.ascontiguousarray(values, np.float32)
+    out = np.zeros((n, row_size(type_id, block)), np.uint8)
+    importance = np.ones(block, np.float32) if lib.ggml_quantize_requires_imatrix(type_id) else None
+    lib.ggml_quantize_chunk(type_id, source.ctypes.data, out.ctypes.data, 0, n, block, None if importance is None else importance.ctypes.data)
+    return out
+
+
+def read_bytes(tensor: Tensor, offset: int, n: int) -> NDArray[np.uint8]:
+    """`n` bytes of a tensor as they are stored, from `offset` on, copied."""
+    raw = np.empty(n, np.uint8)
+    _base().ggml_backend_tensor_get(ctypes.byref(tensor), raw.ctypes.data, offset, n)
+    return raw
+
+
+def write_bytes(tensor: Tensor, offset: int, raw: NDArray[np.uint8]) -> None:
+    """Put bytes into a tensor; the process ends where its memory is a mapped file."""
+    _base().ggml_backend_tensor_set(ctypes.byref(tensor), raw.ctypes.data, offset, raw.nbytes)
 
 
 def view(tensor: Tensor) -> tuple[NDArray[Any], bool]:

@@ -10,16 +10,18 @@
     gguf_native    nodes by their own names
     gguf_unembed   final norm and W_U, outside llama.cpp
     gguf_vocab     text and ids
+    gguf_weight_edits   weights changed in llama.cpp's memory, and put back
     ggml           the tensor struct, reading, writing, dequantizing
 
 A prompt longer than a piece (512 tokens) runs in pieces over the key/value cache. Weights, for `weight` and `unembed`, are read
-from the file by backend.weights and dequantized by ggml; llama.cpp's copy in memory is left alone.
+from the file by backend.weights and dequantized by ggml. They do not see what `perturbed` changes: that is llama.cpp's copy in memory.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from numpy.typing import NDArray
 from backend.analysis.identities import tolerances
 from backend.engines import DEFAULT_CONTEXT, GRAPH_TOKENS, OnStep, OpenOptions, Request, Sampling, ShouldStop, Sink, Step, check_edits, check_request, never_stop
 from backend.engines.ggml import Tensor, check_layout, read
+from backend.engines.ggml_codes import code_bits
 from backend.engines.gguf_context import Context, Model
 from backend.engines.gguf_generic import NO_ROW, NO_UNEMBED, fitting, is_pattern
 from backend.engines.gguf_graph import Place, SeenNode, Watch, Where, find_places
@@ -38,9 +41,11 @@ from backend.engines.gguf_sites import GENERIC, architecture
 from backend.engines.gguf_tap import Tap
 from backend.engines.gguf_unembed import Unembedding, candidates, measured
 from backend.engines.gguf_vocab import Vocabulary
+from backend.engines.gguf_weight_edits import StoredTensors, perturbed, type_of
 from backend.engines.native import NativeTensor
 from backend.engines.resid_norms import ResidNorms
 from backend.engines.sampling import check_sampling, choose
+from backend.engines.weight_edits import WeightChange, Written
 from backend.errors import Cancelled, LayerscopeError
 from backend.files.file_stamps import stamps
 from backend.files.gguf_header import GgufHeader, model_info, read_header
@@ -61,7 +66,7 @@ class GgufEngine:
     the original checkpoint: the converter's reordering for RoPE is undone, and done again for edits.
     """
 
-    def __init__(self, path: Path, options: OpenOptions = OpenOptions(), *, n_ubatch: int = PIECE, editable_weights: bool = False) -> None:
+    def __init__(self, path: Path, options: OpenOptions = OpenOptions(), *, n_ubatch: int = PIECE) -> None:
         path = Path(path)
         opened = stamps(parts_of(path))
         header = read_header(path)
@@ -74,7 +79,8 @@ class GgufEngine:
         self.n_ctx = min(options.n_ctx or DEFAULT_CONTEXT, info.n_ctx)
         self._context: Context | None = None
         self._unembedding: Unembedding | None = None
-        self._model = Model(header.files[0], options, editable_weights)
+        self._stored: StoredTensors | None = None
+        self._model = Model(header.files[0], options)
         try:
             self._weights = open_weights(path)
             self._vocabulary = Vocabulary(self._model)
@@ -168,15 +174,24 @@ class GgufEngine:
         """The nodes that llama.cpp executes for `n_tokens` tokens from position 0, every position an output; see Engine.graph."""
         check_request(self.info, self.places, Request(()), [0] * n_tokens, min(self.n_ctx, self._n_ubatch))
         recorder = Recorder(self._weights.native_names, self.info.n_layers)
-        context = self._context_for(n_tokens, self._n_ubatch)
-        context.clear()
-        self._watch.note(recorder.note)
-        try:
-            context.decode([0] * n_tokens, 0, all_outputs=True)
-        finally:
-            self._watch.rest()
+        self._note(recorder.note, n_tokens)
         info = self.info
         return ModelGraph(info.name, info.architecture, "gguf", self.version, info.n_layers, n_tokens, EDGES, recorder.with_sites(self._places))
+
+    def perturbed(self, changes: Sequence[WeightChange]) -> AbstractContextManager[tuple[Written, ...]]:
+        """See EditsWeights.perturbed. Runs see the change; `weight` and `unembed`, which read the file, do not."""
+        if not self._options.editable_weights:
+            raise LayerscopeError(f"The weights of {self.info.name} cannot be changed: its file is mapped into memory; open it with editable_weights.")
+        self._model.opened()
+        if self._stored is None:
+            found = StoredTensors(self._weights)
+            self._note(found.note, 1)
+            self._stored = found
+        return perturbed(self._weights, self._stored, changes, lambda: bool(self._model.pointer))
+
+    def code_bits(self, name: str) -> int:
+        """See EditsWeights.code_bits."""
+        return code_bits(type_of(self._weights.lazy(name)))
 
     def close(self) -> None:
         """Free the context and the model."""
@@ -184,6 +199,16 @@ class GgufEngine:
             self._context.close()
         self._context = None
         self._model.close()
+
+    def _note(self, note: Callable[[int], None], n_tokens: int) -> None:
+        """Call `note(address)` for every node of a pass over `n_tokens` tokens."""
+        context = self._context_for(n_tokens, self._n_ubatch)
+        context.clear()
+        self._watch.note(note)
+        try:
+            context.decode([0] * n_tokens, 0, all_outputs=True)
+        finally:
+            self._watch.rest()
 
     def _check_unchanged(self) -> None:
         """llama.cpp maps the file and weights are read from it when asked for: of another file they would be a mixture, of a shorter one a crash."""

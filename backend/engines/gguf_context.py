@@ -30,13 +30,13 @@ class Model:
     The file is mapped, llama.cpp's default, except with `editable_weights`: mapped pages cannot be written. `vocabulary_only`: the tokenizer without any tensor.
     """
 
-    def __init__(self, path: Path, options: OpenOptions, editable_weights: bool, vocabulary_only: bool = False) -> None:
+    def __init__(self, path: Path, options: OpenOptions, vocabulary_only: bool = False) -> None:
         self.llama = open_llama()
         params = self.llama.llama_model_default_params()
         params.n_gpu_layers = _gpu_layers(self.llama, options)
         params.use_extra_bufts = False
         params.vocab_only = vocabulary_only
-        if editable_weights:
+        if options.editable_weights:
             params.load_mode = self.llama.LLAMA_LOAD_MODE_NONE
         forget_errors()
         self.pointer: Any = self.llama.llama_model_load_from_file(os.fsencode(path), params)

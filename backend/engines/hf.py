@@ -7,7 +7,9 @@
     hf_graph      the whole graph as it is executed
     hf_attention  the attention function that shows scores, pattern and z
     hf_router     how routers choose experts, for edits of their scores
+    hf_gradients  backward passes: gradients, and the Hessian's diagonal
     hf_native     outputs of modules by their own paths
+    hf_weights    weights by their canonical names, read or changed for a while
     hf_placement  weights in fewer bits, or on several devices
     hf_tokenizer  text and ids
 
@@ -19,6 +21,8 @@ from __future__ import annotations
 
 import gc
 import inspect
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -45,22 +49,25 @@ from backend.engines import (
 )
 from backend.engines.hf_architecture import finished
 from backend.engines.hf_generic import NO_UNEMBED, Generic, find
+from backend.engines.hf_gradients import Gradients
 from backend.engines.hf_graph import EDGES, Recorder
 from backend.engines.hf_native import Natives, listed
 from backend.engines.hf_placement import PACKED, arguments, quantization, stored_bits
 from backend.engines.hf_sites import ARCHITECTURES
 from backend.engines.hf_taps import Tap, has_module, installed, to_numpy
 from backend.engines.hf_tokenizer import HfTokenizer, first_line
+from backend.engines.hf_weights import Found, perturbed
+from backend.engines.hf_weights import find as find_weight
 from backend.engines.native import NativeTensor
 from backend.engines.resid_norms import ResidNorms
 from backend.engines.sampling import check_sampling, choose
 from backend.engines.threads import prepare
+from backend.engines.weight_edits import WeightChange, Written
 from backend.errors import LayerscopeError
 from backend.files.bounded_json import read_json
 from backend.files.hf_config import CONFIG_LIMIT, model_info
 from backend.intervention import Intervention, edits_by_place
 from backend.reports.model_graph import ModelGraph
-from backend.weight_names import section_rows
 
 if TYPE_CHECKING:
     import torch
@@ -197,35 +204,22 @@ class HfEngine:
 
     def weight(self, name: str, rows: NDArray[np.int64] | None = None) -> NDArray[np.float32]:
         """A weight by its canonical name, a float32 copy, (out, in); experts (expert, out, in); of its first axis `rows` only. Raises LayerscopeError."""
-        import torch
+        return self._found(name).read(rows)
 
-        block, _, rest = name.removeprefix("blocks.").partition(".") if name.startswith("blocks.") else ("", "", "")
-        entry = self._row.weights.get(f"blocks.{{}}.{rest}" if rest else name)
-        if entry is None or (rest and not (block.isdecimal() and int(block) < self.info.n_layers)):
-            raise LayerscopeError(f"{self.info.name} has no weight {name[:80]!r}.")
-        n_each = self.info.dims[entry.each] if entry.each else 1
-        tensors = [self._parameter(entry.parameter.format(block, i)) for i in range(n_each)]
-        if any(tensor is None for tensor in tensors):
-            raise LayerscopeError(f"{self.info.name} has no weight {name[:80]!r}.")
-        if any(tensor.is_meta or not tensor.is_floating_point() for tensor in tensors):
-            why = "it is not in memory" if any(tensor.is_meta for tensor in tensors) else PACKED
-            raise LayerscopeError(f"Weight {name[:80]!r} of {self.info.name} cannot be handed out: {why}.")
-        tensor = torch.stack(tensors) if entry.each else tensors[0]
-        if entry.step:
-            tensor = tensor[..., entry.step[0] :: entry.step[1]]
-        if entry.transposed:
-            tensor = tensor.mT
-        if entry.half is not None:
-            tensor = tensor.chunk(2, dim=-2)[entry.half]
-        if entry.section:
-            tensor = tensor[section_rows(entry.section, self.info, len(tensor))]
-        tensor = tensor if rows is None else tensor[rows.tolist()]
-        return to_numpy(tensor) + np.float32(entry.plus) if entry.plus else np.ascontiguousarray(to_numpy(tensor)).copy()
+    def perturbed(self, changes: Sequence[WeightChange]) -> AbstractContextManager[tuple[Written, ...]]:
+        """See EditsWeights.perturbed. Weights that bitsandbytes packs are refused by name."""
+        return perturbed([self._found(change.name) for change in changes], changes)
 
-    def _parameter(self, path: str) -> Any:
-        """A parameter or buffer by its path, or None where the model has none there."""
-        module, _, parameter = path.rpartition(".")
-        return getattr(self._model.get_submodule(module), parameter, None) if has_module(self._model, module) else None
+    def code_bits(self, name: str) -> int:
+        """See EditsWeights.code_bits."""
+        return self._found(name).code_bits
+
+    def gradients(self, names: Sequence[str]) -> Gradients:
+        """Backward passes of the loss over windows of tokens, for the weights of these canonical names; see hf_gradients. Raises as `weight` does."""
+        return Gradients(self._model, self._row, self.info, min(self.n_ctx, WHOLE_LIMIT), [self._found(name) for name in names])
+
+    def _found(self, name: str) -> Found:
+        return find_weight(self._model, self._row, self.info, name)
 
     def graph(self, n_tokens: int = GRAPH_TOKENS) -> ModelGraph:
         """The operators that PyTorch runs for `n_tokens` tokens, modules without children as one node each; see Engine.graph."""

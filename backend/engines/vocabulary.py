@@ -42,7 +42,7 @@ def _of_file(path: Path, n_rows: int) -> TokenTexts:
     model_info(path, header)  # llama.cpp aborts on a crafted file: it sees none that was not checked
     if "tokenizer.ggml.tokens" not in header.metadata:
         return TokenTexts([f"[{i}]" for i in range(n_rows)], [], list(range(n_rows)))
-    model = Model(header.files[0], OpenOptions(n_gpu_layers=0), editable_weights=False, vocabulary_only=True)
+    model = Model(header.files[0], OpenOptions(n_gpu_layers=0), vocabulary_only=True)
     try:
         vocabulary, llama = Vocabulary(model), model.llama
         n = min(vocabulary.size, n_rows)

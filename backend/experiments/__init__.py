@@ -74,6 +74,7 @@ KINDS: dict[str, Experiment] = {
     "embeddings": _job("embeddings", "embeddings_job"),
     "neighbours": _job("embeddings", "neighbours_job"),
     "graph": _job("graph", "graph_job"),
+    "sensitivity": _job("sensitivity.job", "sensitivity_job"),
     "weight_report": _job("weight_report", "weight_report_job"),
     "weight_tensor": _job("weight_report", "weight_tensor_job"),
 }

@@ -2,6 +2,7 @@
 
     protocol       what one run does, and the folder that it writes (docs/sensitivity.md)
     scores         a metric's scores, tensor by tensor
+    inputs         what enters each matrix over the text
     ranking        the top and the bottom of them, kept while they stream by
     perturbation   weights changed in place, and what that does to perplexity
     pruning        the same for whole shares of a model
