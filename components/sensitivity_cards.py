@@ -16,8 +16,10 @@ from components.card import card, cards, full_screen_button
 from components.controls import facts
 from components.graph import graph, graph_tools
 from components.sensitivity_comparison import comparison_card
+from components.sensitivity_request import TEXTS
 from components.sensitivity_tables import MOST_ROWS, STATUSES, effect_table, overlap_table, published_table, super_table, top_grid
 from components.sensitivity_values import GROUPS, STATISTICS, components_of, layers_of, not_measured, opened, sentence
+from components.services import services
 from components.states import empty, error
 from components.trace_view import short_date
 from components.url_state import as_choice, keep_url
@@ -106,17 +108,17 @@ def command_line(run: SensitivityRun) -> str:
     """The command that repeats the run: the one that made it, or for a run of the page the one that does the same."""
     if run.manifest["command"]:
         return shlex.join(run.manifest["command"])
-    spec, words = run.manifest["spec"], ["python", "-m", "backend", "sensitivity"]
+    spec, words = dict(run.manifest["spec"]), ["python", "-m", "backend", "sensitivity"]
+    spec["controls"] = spec.get("controls") or ["none"]
+    if spec.get("text"):  # the page names a file of its folder of texts
+        spec["text"] = str(services().settings.data_dir / TEXTS / str(spec["text"]))
     for name, value in spec.items():
-        option = f"--{_OPTIONS.get(name, name.replace('_', '-'))}"
+        option = f"--{name.replace('_', '-')}"
         if value is True:
             words.append(option)
-        elif value not in (None, False, "") and value != [] and not isinstance(value, dict):
+        elif value not in (None, False, "", []) and not isinstance(value, dict):
             words += [option, ",".join(map(str, value)) if isinstance(value, list) else str(value)]
     return shlex.join([*words, "--out-dir", f"sensitivity-{run.id[:8]}"])
-
-
-_OPTIONS: dict[str, str] = {}  # field of a Spec -> option of the command line, where the names differ
 
 
 def _choose(id: str, options: Mapping[str, Any], value: str) -> dcc.Dropdown:

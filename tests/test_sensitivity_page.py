@@ -155,9 +155,10 @@ def test_a_place_outside_a_weight_is_named(tiny_mistral: TinyModel):
 
 def test_a_weights_link_leads_to_the_stored_place_and_without_the_model_to_its_name(run: SensitivityRun, tiny_mistral: TinyModel, monkeypatch: pytest.MonkeyPatch):
     row = {**run.top[0], "name": "blocks.1.attn.W_Q", "row": 3, "column": 5, "expert": None}
+    run.manifest["model"]["name"] = "nowhere"
     with web_app().server.test_request_context("/"):
         query = parse_qs(urlparse(weight_link(run, row)).query)
-        assert query == {"model": ["demo-dense"], "tensor": ["blocks.1.attn.W_Q"]}  # an empty shelf
+        assert query == {"model": ["nowhere"], "tensor": ["blocks.1.attn.W_Q"]}
     weights = open_weights(tiny_mistral.gguf)
     monkeypatch.setattr("components.sensitivity_values.source", lambda _: type("Found", (), {"weights": weights}))
     place = place_in_file(weights, row["name"], 3, 5)
@@ -250,7 +251,7 @@ def cards_of(run: SensitivityRun) -> html.Div:
 def test_every_card_has_what_a_card_needs_and_a_row_is_never_half_empty(run: SensitivityRun):
     shown = cards_of(run)
     sections = [each for each in parts(shown) if isinstance(each, html.Section)]
-    assert len(sections) == 10
+    assert len(sections) == 11
     assert {text_of(section)[:40]: problems(section) for section in sections if problems(section)} == {}
     assert unnamed(shown) == []
     for absent in ("stability", "gradient_flow", "pruning"):
@@ -267,7 +268,8 @@ def test_the_command_repeats_the_run(run: SensitivityRun):
     assert words.startswith("python -m backend sensitivity --model demo-dense --metric grad_x_weight --topk 20 --mode per_layer --perturb sign_flip")
     assert "--controls random_k,bottom_k --seeds 0,1,2 --stability-check" in words and "--layers" not in words and "--bit" not in words
     run.manifest["spec"]["model"] = "a b; rm"
-    assert "--model 'a b; rm'" in sensitivity_cards.command_line(run)
+    run.manifest["spec"]["controls"] = []
+    assert "--model 'a b; rm'" in sensitivity_cards.command_line(run) and "--controls none" in sensitivity_cards.command_line(run)
 
 
 def test_names_of_a_hostile_run_are_text_everywhere(tmp_path: Path):
