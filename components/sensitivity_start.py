@@ -33,7 +33,8 @@ ABOUT = (
 def start_card(model: str | None) -> html.Section:
     """The card; its callbacks need `jobs-now` and write `sens-run`, the run that the page shows."""
     body = [sensitivity_form(services().library.models(), model), html.Div(id="sens-progress", className="home-progress", role="status")]
-    stores = [dcc.Store(id="sens-preset"), dcc.Store(id="sens-job"), dcc.Store(id="sens-ready")]
+    running = next((job.id for job in services().jobs.list(limit=20) if job.kind == "sensitivity" and job.is_active), None)  # of whoever comes back to the page
+    stores = [dcc.Store(id="sens-preset"), dcc.Store(id="sens-job", data=running), dcc.Store(id="sens-ready")]
     return card("New run", [*stores, *body], "A preset fills the form; every field may be changed.", about=list(ABOUT), className="wide")
 
 
