@@ -54,7 +54,7 @@ ABOUT_FLOW = "The L2 norm of dL/dW of every matrix, L the mean loss over the tex
 ABOUT_SUPER = (
     "Yu et al. 2024 (arXiv 2411.07191): single weights of W_out through which one huge activation enters the residual stream. Searched are the columns and rows of W_out whose "
     "input and output spike; one arg-max is not enough, so several are kept for each layer, with how long the spike stays in the stream.",
-    *(f"{name}: {meaning}" for name, (_, meaning) in STATUSES.items()),
+    *(f"{name.capitalize()}: {meaning}" for name, (_, meaning) in STATUSES.items()),
 )  # fmt: skip
 
 

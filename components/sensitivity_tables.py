@@ -30,9 +30,9 @@ _COLUMNS: dict[str, tuple[str, int, str]] = {
     "percentile": ("Percentile", 112, "share of the scope's scores below it, in percent"),
 }
 STATUSES = {
-    "published": ("badge-accent", "Named in a publication for this model; this run did not find it itself."),
-    "found": ("badge-plain", "Its activations spike here; setting it to 0 does not matter more than random weights do."),
-    "confirmed": ("badge-ok", "Found by its spikes, and setting it to 0 does more than any random weight."),
+    "confirmed": ("badge-ok", "found by its spikes, and setting it to 0 raises the loss many times as much as the worst random weight of its matrix."),
+    "published": ("badge-accent", "found by its spikes and named in a publication for this model, but setting it to 0 does not matter so much here."),
+    "found": ("badge-plain", "its activations spike, but setting it to 0 does not matter so much, and no publication names it."),
 }
 
 
@@ -131,8 +131,11 @@ def super_table(run: SensitivityRun) -> html.Div:
 def published_table(run: SensitivityRun) -> html.Div:
     """What publications name for this model, and whether the search found it."""
     head = (("Published", ""), ("Source", ""), ("Search", ""), ("Ratio at 0", "perplexity with the weight set to 0, over the baseline's"))
-    rows = [[f"layer {each['layer']} W_out [{each['row']}, {each['column']}]", each["source"], "found" if each.get("found") else "not found", number(each["ratio"])]
-            for each in run.stats["super_weights"]["published"]]  # fmt: skip
+    rows = []
+    for each in run.stats["super_weights"]["published"]:
+        expert = "" if each.get("expert") is None else f"{each['expert']}, "
+        place = f"layer {each['layer']} W_out [{expert}{each['row']}, {each['column']}]"
+        rows.append([place, html.Span(each["source"], className="wrap"), "found" if each.get("found") else "not found", number(each["ratio"])])
     return _table(head, rows, 3)
 
 

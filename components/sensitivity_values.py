@@ -13,7 +13,7 @@ import numpy as np
 from dash.exceptions import PreventUpdate
 from numpy.typing import NDArray
 
-from backend.analysis.histograms import common
+from backend.analysis.sensitivity_profiles import pooled
 from backend.errors import LayerscopeError
 from backend.reports.sensitivity_check import checked
 from backend.reports.sensitivity_run import MANIFEST, STATS, TOP, SensitivityRun, open_run, run_folder
@@ -64,12 +64,13 @@ def components_of(run: SensitivityRun) -> list[str]:
 def distribution(run: SensitivityRun, group: str) -> tuple[NDArray[np.float64], NDArray[np.float64], list[str], list[float | None]]:
     """(edges, counts (group, bin), names, log10 of the least score among the top weights: one for all or one each) of `figures.score_distribution`."""
     rows = run.stats["tensors"]
-    edges, counts = common([(row["histogram"]["log10_edges"], row["histogram"]["counts"]) for row in rows], N_BINS)
+    held = [row["histogram"]["log10_edges"] for row in rows if row["histogram"]["counts"]]
+    low, high = (min(each[0] for each in held), max(each[-1] for each in held)) if held else (0.0, 1.0)
+    edges = np.linspace(low, high if high > low else low + 1, N_BINS + 1)
     keys: list[Any] = [*layers_of(run)] if group == "layer" else [*components_of(run)]
     keys += [None] if group == "layer" and any(row["layer"] is None for row in rows) else []
-    total = np.zeros((len(keys), N_BINS))
-    for row, part in zip(rows, counts, strict=True):
-        total[keys.index(row[group])] += part
+    grouped = [[row["histogram"] for row in rows if row[group] == key] for key in keys]
+    total = np.stack([pooled([each["log10_edges"] for each in part], [each["counts"] for each in part], edges) for part in grouped])
     names = [("no layer" if key is None else f"L{key}") if group == "layer" else str(key) for key in keys]
     if run.stats["mode"] == "global":
         return edges, total, names, [_least(run.top)]
