@@ -139,6 +139,31 @@ def published_table(run: SensitivityRun) -> html.Div:
     return _table(head, rows, 3)
 
 
+def compared_table(found: Mapping[str, Any], names: Sequence[str]) -> html.Div:
+    """Every pair of runs. found: `compare_runs`."""
+    head = (("Runs", ""), ("k", "of each scope, the largest that both kept"), ("In both", "weights"), ("By chance", "expected if both were drawn at random"),
+            ("Jaccard", ""), ("p*", ""),
+            ("Scores", "Spearman's correlation of the scores that both kept"), ("Tensors", "Spearman's correlation of mean scores of tensors"),
+            ("Effect", "perplexity ratio of the first run's top weights over the second's"))  # fmt: skip
+    effects = {tuple(row["runs"]): row for row in found["between"]}
+    rows = []
+    for pair in found["agreement"]:
+        deepest = pair["weights"]["overlap"][-1] if pair["weights"] and pair["weights"]["overlap"] else None
+        effect = effects.get(tuple(pair["runs"]))
+        counts = ["–"] * 5
+        if deepest:
+            counts = [f"{deepest['k']:,}", f"{deepest['both']:,}", number(deepest["expected"], ",.3g"), number(deepest["jaccard"], ".3f"), _p(found, deepest["test"])]
+        scores = number(pair["weights"]["scores"]["spearman"], ".3f") if pair["weights"] else "–"
+        said = f"× {number(effect['ratio_of_ratios'])} [{_interval(effect['ci'])}], p* {_p(found, effect['test'])}" if effect else "–"
+        label = html.Span(" and ".join(str(each + 1) for each in pair["runs"]), title="; ".join(names[each] for each in pair["runs"]))
+        rows.append([label, *counts, scores, number(pair["profile"]["spearman"], ".3f"), said])
+    return _table(head, rows)
+
+
+def _p(found: Mapping[str, Any], test: int | None) -> str:
+    return "–" if test is None else f"{found['tests'][test]['p_adjusted']:.2g}"
+
+
 def super_csv(run: SensitivityRun) -> str:
     names = ("status", "layer", "name", "expert", "row", "column", "value", "magnitude_rank", "input_spike", "output_spike", "persistence", "ratio")
     return to_csv(names, ([each[name] for name in names] for each in run.stats["super_weights"]["candidates"]))

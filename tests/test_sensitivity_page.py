@@ -19,6 +19,7 @@ from backend.errors import LayerscopeError
 from backend.model_files import ModelEntry
 from backend.model_info import ModelInfo
 from backend.reports.sensitivity_check import checked
+from backend.reports.sensitivity_compare import compare_runs
 from backend.reports.sensitivity_run import FOLDER, SensitivityRun, delete_run, manifests, open_run, run_folder
 from backend.sensitivity_spec import GRADIENT_METRICS, METRICS, Spec
 from backend.weight_places import place_in_file
@@ -27,7 +28,7 @@ from components import sensitivity_cards, sensitivity_request
 from components.figures import sensitivity as figures
 from components.sensitivity_comparison import overlaps, profiles
 from components.sensitivity_request import FIELDS, cost_words, form_values, metric_options, presets, read_spec
-from components.sensitivity_tables import MOST_ROWS, super_table, to_csv, top_csv, top_grid
+from components.sensitivity_tables import MOST_ROWS, compared_table, super_table, to_csv, top_csv, top_grid
 from components.sensitivity_values import distribution, not_measured, sentence, statistic_map, weight_link
 from tests.sensitivity_runs import write_run
 from tests.test_cards import parts, problems, text_of, unnamed
@@ -211,14 +212,21 @@ def test_the_sentence_says_what_the_top_weights_did_and_what_is_missing(run: Sen
     assert sentence(run) == "60 weights of demo-dense ranked by grad_x_weight." and not_measured(run) == ["perturbation"]
 
 
-def test_runs_are_compared_by_the_weights_they_share(run: SensitivityRun, tmp_path: Path):
-    other = open_run(write_run(tmp_path / "other", n_layers=3))
-    other.top[:] = other.top[:30]
-    values = overlaps([run, other])
-    assert values[0, 0] == 1 and values[0, 1] == values[1, 0] == pytest.approx(len({(r["name"], r["row"], r["column"]) for r in other.top}) /
-                                                                              len({(r["name"], r["row"], r["column"]) for r in run.top}))  # fmt: skip
-    places, shares = profiles([run, other], "layer")
-    assert places == ["L0", "L1", "L2"] and shares.tolist() == [[1 / 3] * 3] * 2
+def test_runs_are_compared_by_what_the_comparison_says(run: SensitivityRun, tmp_path: Path):
+    other, deeper = (checked(open_run(write_run(tmp_path / str(n), metric=metric, n_layers=n))) for metric, n in (("wanda", 3), ("obs", 5)))
+    found = compare_runs([run, other, deeper])
+    values = overlaps(found)
+    sets = [{(row["name"], row["row"], row["column"]) for row in each.top} for each in (run, other)]
+    assert values[0, 1] == values[1, 0] == pytest.approx(len(sets[0] & sets[1]) / len(sets[0] | sets[1])) and np.isnan(values[2, :2]).all() and values[2, 2] == 1
+    places, shares = profiles(found, "layer")
+    totals = np.array([sum(row["mean"] * row["n"] for row in run.stats["tensors"] if row["layer"] == layer) for layer in range(3)])
+    assert places == ["L0", "L1", "L2", "L3", "L4"] and np.isnan(shares[0, 3:]).all()
+    np.testing.assert_allclose(shares[0, :3], totals / totals.sum())
+    places, shares = profiles(found, "component")
+    assert shares[1, places.index("mlp.W_out")] == sum(row["component"] == "mlp.W_out" for row in other.top) / len(other.top)
+    table = compared_table(found, ["a", "b", "c"])
+    rows = [[text_of(cell) for cell in row.children] for row in table.children.children[1].children]
+    assert [row[0] for row in rows] == ["1 and 2", "1 and 3", "2 and 3"] and rows[0][4] == f"{values[0, 1]:.3f}" and rows[1][1] == "–" and rows[0][8].startswith("× 1 [")
 
 
 def test_the_table_has_the_best_of_every_layer_first_and_the_file_has_all(run: SensitivityRun):
@@ -273,9 +281,9 @@ def test_names_of_a_hostile_run_are_text_everywhere(tmp_path: Path):
     (folder / "sensitivity_stats.json").write_text(json.dumps(stats))
     run = checked(open_run(folder))
     edges, counts, names, cuts = distribution(run, "component")
-    places, shares = profiles([run, run], "component")
+    places, shares = [HOSTILE], np.ones((2, 1))
     for figure in (figures.score_distribution(edges, counts, names, cuts), figures.overlap_lines([5], stats["stability"]["pairs"]),
-                   figures.profile_lines(shares, places, [HOSTILE, "b"], "component"),
+                   figures.profile_lines(shares, places, [HOSTILE, "b"], "component", "share"),
                    figures.depth_cells(np.ones((1, 1)), [HOSTILE], [HOSTILE], "u", np.full((1, 1), ""))):  # fmt: skip
         said = figure.to_json()
         assert "<a href" not in said and "\\u003ca href" not in said

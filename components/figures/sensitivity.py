@@ -166,8 +166,9 @@ def _ticks(names: Sequence[str]) -> dict[str, Any]:
     return {"tickmode": "array", "tickvals": list(range(0, len(names), step)), "ticktext": [escape(name) for name in list(names)[::step]], "tickfont": {"size": 11}}
 
 
-def profile_lines(shares: NDArray[np.floating], places: Sequence[str], names: Sequence[str], across: str, theme: str = "light") -> go.Figure:
-    """Where the top weights of several runs lie: a line a run. shares: (run, place), each run's sum to 1; places: layers or components, named by `across`."""
+def profile_lines(shares: NDArray[np.floating], places: Sequence[str], names: Sequence[str], across: str, unit: str,
+                  theme: str = "light") -> go.Figure:  # fmt: skip
+    """Where several runs' weights lie: a line a run. shares: (run, place) of what `unit` says, NaN where a run has no such place; places: layers or components."""
     palette = LINES["dark" if theme == "dark" else "light"]
     lines = [
         go.Scatter(x=list(range(len(places))), y=compact(row), mode="lines+markers", name=escape(name), marker={"size": 6},
@@ -178,5 +179,5 @@ def profile_lines(shares: NDArray[np.floating], places: Sequence[str], names: Se
     ]  # fmt: skip
     found = figure(theme, *lines, showlegend=True, legend=_LEGEND, margin={"t": 34, "l": 8, "r": 8, "b": 8})
     found.update_xaxes(title=across, zeroline=False, **_ticks(places))
-    found.update_yaxes(title="share of the top weights", tickformat=".0%", rangemode="tozero", nticks=6)
+    found.update_yaxes(title=unit, tickformat=".0%", rangemode="tozero", nticks=6)
     return with_names(found, places)
