@@ -23,7 +23,6 @@ _BF16 = next(number for number, (name, _, _) in GGML_TYPES.items() if name == "B
 _LARGEST = {F32: float(np.finfo(np.float32).max), F16: 65504.0, _BF16: float(np.uint32(0x7F7F0000).view(np.float32))}
 _LIKENESS = 1e-3  # of levels between entries and blocks: far below the distance of two levels, far above rounding
 _PROBES, _DRAWN = 24, 6000  # random blocks to look at, and those that they are chosen from
-_AT_ONCE = 1 << 18  # entries of the blocks that are worked on together
 
 
 @dataclass(frozen=True)
@@ -60,16 +59,16 @@ def values_of(type_id: int, blocks: Bytes) -> NDArray[np.float32]:
     return dequantize(type_id, np.ascontiguousarray(blocks).reshape(-1), n).reshape(len(blocks), -1)
 
 
-def flipped(type_id: int, blocks: Bytes, block: NDArray[np.int64], entry: NDArray[np.int64], bit: int) -> Bytes:
-    """`blocks` with bit `bit` (below code_bits) of the codes of these entries flipped."""
-    where = np.full(len(entry), bit) if type_traits(type_id)[1] == 1 else _own(type_id).bits[entry, bit]
+def flipped(type_id: int, blocks: Bytes, block: NDArray[np.int64], entry: NDArray[np.int64], bit: NDArray[np.int64]) -> Bytes:
+    """`blocks` with one bit of the code of each of these entries flipped; all (n,), each `bit` below code_bits."""
+    where = bit if type_traits(type_id)[1] == 1 else _own(type_id).bits[entry, bit]
     out = blocks.copy()
     np.bitwise_xor.at(out, (block, where // 8), (1 << (where % 8)).astype(np.uint8))
     return out
 
 
 def rewritten(type_id: int, blocks: Bytes, block: NDArray[np.int64], entry: NDArray[np.int64], wanted: NDArray[np.float32]) -> Bytes:
-    """`blocks` (block, byte) with entries as near to `wanted` (n,) as the format gets them; `block` is ascending, `wanted` finite.
+    """`blocks` (block, byte) with entries as near to finite `wanted` (n,) as the format gets them.
 
     A quantized entry gets the best of its own codes, which changes nothing else. Where a wanted value is beyond all of them, or the type has none,
     the block is quantized anew by ggml, and is kept so if the entries come nearer to what was wanted.
@@ -79,15 +78,6 @@ def rewritten(type_id: int, blocks: Bytes, block: NDArray[np.int64], entry: NDAr
         out = blocks.copy()
         out[block] = quantize(type_id, np.clip(wanted, -limit, limit)[:, None])
         return out
-    step = max(1, _AT_ONCE // type_traits(type_id)[1])
-    pieces = []
-    for start in range(0, len(blocks), step):
-        here = slice(*np.searchsorted(block, [start, start + step]))
-        pieces.append(_rewritten(type_id, blocks[start : start + step], block[here] - start, entry[here], wanted[here]))
-    return np.concatenate(pieces) if pieces else blocks
-
-
-def _rewritten(type_id: int, blocks: Bytes, block: NDArray[np.int64], entry: NDArray[np.int64], wanted: NDArray[np.float32]) -> Bytes:
     before, codes = values_of(type_id, blocks), codes_of(type_id)
     moved = before[block, entry] != wanted  # an entry that has its value keeps its code: some formats have two codes for 0
     if codes is None:
@@ -96,7 +86,7 @@ def _rewritten(type_id: int, blocks: Bytes, block: NDArray[np.int64], entry: NDA
         coded, out_of_reach = _coded(type_id, codes, blocks, block[moved], entry[moved], wanted[moved])
         beyond = np.zeros(len(moved), bool)
         beyond[moved] = out_of_reach
-    redo = np.unique(block[beyond])
+    redo = np.flatnonzero(np.bincount(block[beyond], minlength=len(blocks)))
     redo = redo[np.isfinite(before[redo]).all(1)]
     if not len(redo):
         return coded
@@ -128,8 +118,7 @@ def _coded(type_id: int, codes: Codes, blocks: Bytes, block: NDArray[np.int64], 
     order = np.argsort(codes.levels, kind="stable")
     levels = codes.levels[order]
     code = order[np.searchsorted((levels[1:] + levels[:-1]) / 2, level)]
-    distinct = np.unique(levels)
-    margin = np.array([distinct[1] - distinct[0], distinct[-1] - distinct[-2]]) / 2
+    margin = (levels[1] - levels[0]) / 2, (levels[-1] - levels[-2]) / 2
     if codes.n_bits == 1:
         beyond = np.abs(level - codes.levels[code]) > _LIKENESS
     else:

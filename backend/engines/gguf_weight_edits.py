@@ -21,6 +21,7 @@ from backend.files.ggml_types import GGML_TYPES
 from backend.weights import Weight, Weights
 
 _GAP = 64  # blocks that are carried along between two that are changed, so that a pruned matrix is a few copies and not thousands
+_AT_ONCE = 1 << 18  # entries of the blocks that are worked on together
 _TYPE_IDS = {name: number for number, (name, _, _) in GGML_TYPES.items()}
 
 Undo = list[tuple[Tensor, int, NDArray[np.uint8]]]  # tensor, offset, bytes that were there
@@ -106,67 +107,107 @@ def _resolved(weights: Weights, change: WeightChange) -> _Part:
     return _Part(change, weight, weight.places(change.at))
 
 
+@dataclass
+class _Entries:
+    """The entries of one stored tensor that change, ordered by block. All (n,): block, place in it, value as it shall be stored, bit (-1: a value), change."""
+
+    block: NDArray[np.int64]
+    entry: NDArray[np.int64]
+    wanted: NDArray[np.float32]
+    bit: NDArray[np.int64]
+    owner: NDArray[np.int64]
+    order: NDArray[np.int64]  # where each stands among the entries of all changes, one change after the other
+
+    @classmethod
+    def of(cls, parts: list[_Part], n_values: int) -> _Entries:
+        block, entry = np.divmod(np.concatenate([part.places for part in parts]), n_values)
+        wanted = [np.zeros(part.n, np.float32) if part.change.values is None else part.change.values - np.float32(part.weight.plus) for part in parts]
+        counts = [part.n for part in parts]
+        bit = np.repeat([-1 if part.change.bit is None else part.change.bit for part in parts], counts)
+        order = np.argsort(block, kind="stable")
+        return cls(block[order], entry[order], np.concatenate(wanted)[order], bit[order], np.repeat(np.arange(len(parts)), counts)[order], order)
+
+    def pieces(self, n_blocks: int) -> Iterator[tuple[NDArray[np.int64], slice, NDArray[np.int64]]]:
+        """(blocks, which entries are in them, each one's place among the blocks), at most `n_blocks` at a time."""
+        begins = np.flatnonzero(np.diff(self.block, prepend=-1))
+        touched, ends = self.block[begins], np.append(begins[1:], len(self.block))
+        for start in range(0, len(touched), n_blocks):
+            blocks = touched[start : start + n_blocks]
+            here = slice(begins[start], ends[start + len(blocks) - 1])
+            yield blocks, here, np.searchsorted(blocks, self.block[here])
+
+
 def _write(parts: list[_Part], stored: StoredTensors, undo: Undo) -> list[Written]:
-    """Change the entries of one stored tensor; what was there is added to `undo` before anything is written."""
+    """Change the entries of one stored tensor. Others of a block that several changes share are counted once, with the first of them."""
     tensors, type_id = stored.of(parts[0].weight), type_of(parts[0].weight)
-    _, n_values, n_bytes = type_traits(type_id)
-    places = np.concatenate([part.places for part in parts])
-    block_of, entry = np.divmod(places, n_values)
-    touched, block = np.unique(block_of, return_inverse=True)
-    spans = _spans(touched)
-    raw = [read_bytes(tensors[0], first * n_bytes, n * n_bytes) for first, n in spans]
-    before = np.concatenate([span.reshape(-1, n_bytes) for span in raw]) if raw else np.zeros((0, n_bytes), np.uint8)
-    rows = np.concatenate([np.arange(first, first + n) for first, n in spans]) if spans else touched
-    changed = np.searchsorted(rows, touched)
-    blocks = _changed(type_id, before[changed], block, entry, parts)
-    after = before.copy()
-    after[changed] = blocks
-    undo += [(tensor, first * n_bytes, span) for tensor in tensors for (first, _), span in zip(spans, raw, strict=True)]
-    for tensor in tensors:
-        at = 0
-        for first, n in spans:
-            write_bytes(tensor, first * n_bytes, after[at : at + n])
-            at += n
-    return _reports(parts, block, entry, values_of(type_id, before[changed]), values_of(type_id, blocks))
-
-
-def _changed(type_id: int, blocks: NDArray[np.uint8], block: NDArray[np.int64], entry: NDArray[np.int64], parts: list[_Part]) -> NDArray[np.uint8]:
-    """The blocks after every change: values first, since a block that is quantized anew gets other codes, then flipped bits."""
+    n_values = type_traits(type_id)[1]
+    entries = _Entries.of(parts, n_values)
+    before, after = np.empty(len(entries.order), np.float32), np.empty(len(entries.order), np.float32)
+    n_others, worst = np.zeros(len(parts), np.int64), np.zeros(len(parts), np.float32)
+    for blocks, here, block in entries.pieces(max(1, _AT_ONCE // n_values)):
+        entry, owner = entries.entry[here], entries.owner[here]
+        change = _Changing(type_id, block, entry, entries.wanted[here], entries.bit[here])
+        was, now = _exchange(tensors, blocks, change, undo)
+        before[entries.order[here]], after[entries.order[here]] = was[block, entry], now[block, entry]
+        with np.errstate(invalid="ignore"):
+            moved = np.where(was == now, np.float32(0), np.abs(now - was))
+        moved[block, entry] = 0
+        first = np.full(len(blocks), len(parts))
+        np.minimum.at(first, block, owner)
+        np.add.at(n_others, first, np.count_nonzero(moved, axis=1))
+        np.maximum.at(worst, first, moved.max(1))
     ends = np.cumsum([part.n for part in parts])
-    slices = [slice(end - part.n, end) for end, part in zip(ends, parts, strict=True)]
-    valued = [(part.change.values - np.float32(part.weight.plus), here) for part, here in zip(parts, slices, strict=True) if part.change.values is not None]
-    if valued:
-        at = np.concatenate([np.arange(here.start, here.stop) for _, here in valued])
-        wanted = np.concatenate([values for values, _ in valued])
-        order = np.argsort(block[at], kind="stable")
-        blocks = rewritten(type_id, blocks, block[at][order], entry[at][order], wanted[order])
-    for part, here in zip(parts, slices, strict=True):
-        if part.change.bit is not None:
-            blocks = flipped(type_id, blocks, block[here], entry[here], part.change.bit)
-    return blocks
+    return [_report(part, before[end - part.n : end], after[end - part.n : end], int(n_others[i]), float(worst[i])) for i, (part, end) in enumerate(zip(parts, ends, strict=True))]
 
 
-def _reports(parts: list[_Part], block: NDArray[np.int64], entry: NDArray[np.int64], before: NDArray[np.float32], after: NDArray[np.float32]) -> list[Written]:
-    """What became of each change. Others of a block that several changes share are counted once, with the first of them."""
-    with np.errstate(invalid="ignore"):
-        moved = np.where(before == after, np.float32(0), np.abs(after - before))
-    moved[block, entry] = 0
-    owner = np.full(len(before), len(parts))
-    np.minimum.at(owner, block, np.repeat(np.arange(len(parts)), [part.n for part in parts]))
-    reports, start = [], 0
-    for i, part in enumerate(parts):
-        here = slice(start, start + part.n)
-        start += part.n
-        of_block = moved[owner == i]
-        was, now = (values[block[here], entry[here]] for values in (before, after))
-        if part.weight.plus:  # 0 would turn -0.0 into 0.0
-            was, now = was + np.float32(part.weight.plus), now + np.float32(part.weight.plus)
-        wanted = now if part.change.values is None else part.change.values
-        reports.append(Written(part.change.name, was, wanted, now, int(np.count_nonzero(of_block)), float(of_block.max(initial=0.0)), part.weight.dtype))
-    return reports
+def _report(part: _Part, before: NDArray[np.float32], after: NDArray[np.float32], n_others: int, worst: float) -> Written:
+    if part.weight.plus:  # 0 would turn -0.0 into 0.0
+        before, after = before + np.float32(part.weight.plus), after + np.float32(part.weight.plus)
+    return Written(part.change.name, before, after if part.change.values is None else part.change.values, after, n_others, worst, part.weight.dtype)
+
+
+@dataclass(frozen=True)
+class _Changing:
+    """What becomes of some blocks."""
+
+    type_id: int
+    block: NDArray[np.int64]
+    entry: NDArray[np.int64]
+    wanted: NDArray[np.float32]
+    bit: NDArray[np.int64]
+
+    def __call__(self, blocks: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Values first, since a block that is quantized anew gets other codes; then flipped bits."""
+        valued, bits = self.bit < 0, self.bit >= 0
+        if valued.any():
+            blocks = rewritten(self.type_id, blocks, self.block[valued], self.entry[valued], self.wanted[valued])
+        if bits.any():
+            blocks = flipped(self.type_id, blocks, self.block[bits], self.entry[bits], self.bit[bits])
+        return blocks
+
+
+def _exchange(tensors: list[Tensor], blocks: NDArray[np.int64], change: _Changing, undo: Undo) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Read ascending `blocks`, change them, write them into every copy of the tensor; what was there is added to `undo` first.
+
+    Returns their values before and after, (block, entry).
+    """
+    n_bytes = type_traits(change.type_id)[2]
+    spans = _spans(blocks)
+    raw = [read_bytes(tensors[0], first * n_bytes, n * n_bytes).reshape(n, n_bytes) for first, n in spans]
+    whole = np.concatenate(raw)
+    mine = np.searchsorted(np.concatenate([np.arange(first, first + n) for first, n in spans]), blocks)
+    before = whole[mine]
+    after = change(before)
+    whole[mine] = after
+    starts = np.cumsum([0] + [n for _, n in spans])
+    for tensor in tensors:
+        undo += [(tensor, first * n_bytes, span) for (first, _), span in zip(spans, raw, strict=True)]
+        for (first, n), start in zip(spans, starts[:-1], strict=True):
+            write_bytes(tensor, first * n_bytes, whole[start : start + n])
+    return values_of(change.type_id, before), values_of(change.type_id, after)
 
 
 def _spans(blocks: NDArray[np.int64]) -> list[tuple[int, int]]:
     """(first, count) of the stretches that hold ascending `blocks`, those with small gaps taken together."""
-    runs = np.split(blocks, np.flatnonzero(np.diff(blocks) > _GAP) + 1) if len(blocks) else []
+    runs = np.split(blocks, np.flatnonzero(np.diff(blocks) > _GAP) + 1)
     return [(int(run[0]), int(run[-1] - run[0] + 1)) for run in runs]

@@ -91,7 +91,8 @@ def check_change(change: WeightChange, size: int, bits: int, storage: str) -> No
 
 def check_each_once(places: NDArray[np.int64], names: Sequence[str]) -> None:
     """Raise LayerscopeError where two of the changes called `names` meet. places: where the entries of all of them are stored."""
-    n_twice = len(places) - len(np.unique(places))
+    steps = np.diff(places)
+    n_twice = 0 if (steps > 0).all() else int(np.count_nonzero(np.diff(np.sort(places)) == 0))
     if n_twice:
         raise LayerscopeError(f"{n_twice:,} stored weight{'s are' if n_twice > 1 else ' is'} named more than once in the changes of {', '.join(dict.fromkeys(names))}; "
                               "each is changed once, and tied matrices are one.")  # fmt: skip
