@@ -28,6 +28,7 @@ STATISTICS: Mapping[str, tuple[str, bool]] = {
 }  # fmt: skip
 GROUPS = {"component": "by component", "layer": "by layer"}
 N_BINS = 72
+DONE = {"sign_flip": "Flipping the sign of", "zero": "Zeroing", "scale": "Scaling", "gaussian": "Adding noise to", "bit_flip": "Flipping a bit of"}
 _AROUND = 24  # rows and columns of the matrix to each side of a weight
 
 
@@ -113,7 +114,7 @@ def sentence(run: SensitivityRun) -> str:
     top = next((each for each in found["runs"] if each["selection"] == "top_k"), None) if found else None
     if not found or top is None:
         return f"{len(run.top):,} weights of {model} ranked by {run.stats['metric']}."
-    words = f"{found['op'].replace('_', ' ').capitalize()} of the {top['n']:,} top weights of {model} by {run.stats['metric']}: perplexity × {number(top['ratio'])}"
+    words = f"{DONE.get(found['op'], found['op'])} the {top['n']:,} top weights of {model} by {run.stats['metric']}: perplexity × {number(top['ratio'])}"
     words += "" if top["ratio"] is not None else " (not finite)"
     others = {name: [each["ratio"] for each in found["runs"] if each["selection"] == name and each["ratio"] is not None] for name in ("random_k", "bottom_k")}
     said = [f"{'at random' if name == 'random_k' else 'at the bottom'} × {number(float(np.mean(ratios)))}" for name, ratios in others.items() if ratios]

@@ -206,7 +206,7 @@ def test_curves_of_overlap_and_pruning_are_those_of_the_run(run: SensitivityRun)
 
 
 def test_the_sentence_says_what_the_top_weights_did_and_what_is_missing(run: SensitivityRun):
-    assert sentence(run) == ("Sign flip of the 20 top weights of demo-dense by grad_x_weight: perplexity × 3.2; as many at random × 1.012, at the bottom × 1.")
+    assert sentence(run) == ("Flipping the sign of the 20 top weights of demo-dense by grad_x_weight: perplexity × 3.2; as many at random × 1.012, at the bottom × 1.")
     assert not_measured(run) == []
     run.stats["perturbation"] = None
     assert sentence(run) == "60 weights of demo-dense ranked by grad_x_weight." and not_measured(run) == ["perturbation"]

@@ -65,7 +65,7 @@ def _mark_cuts(found: go.Figure, cuts: Sequence[float | None], n_rows: int, them
     ink, known = colours(theme)["ink"], [(row, cut) for row, cut in enumerate(cuts) if cut is not None]
     if len(cuts) == 1 and known:
         found.add_vline(x=known[0][1], line={"color": ink, "width": 1, "dash": "dash"})
-        found.add_annotation(text="the top weights", x=known[0][1], xref="x", y=1, yref="paper", yanchor="top", xanchor="right", xshift=-4, showarrow=False,
+        found.add_annotation(text="top weights →", x=known[0][1], xref="x", y=1, yref="paper", yanchor="top", xanchor="right", xshift=-4, showarrow=False,
                              font={"size": 11, "color": colours(theme)["ink-2"]})  # fmt: skip
     elif len(cuts) == n_rows and known:
         marks = {"symbol": "line-ns", "size": 12, "line": {"color": ink, "width": 2}}
@@ -104,7 +104,7 @@ def effect_points(runs: Sequence[Mapping[str, Any]], theme: str = "light") -> go
 def _decades(values: Sequence[float | None]) -> dict[str, Any]:
     """Where values span decades, a log axis is labelled at those; within one, at round numbers."""
     finite = [value for value in values if value]
-    return {"dtick": 1} if finite and max(finite) / min(finite) > 100 else {"nticks": 5, "tickformat": ".3~g"}
+    return {"dtick": 1} if finite and max(finite) / min(finite) > 100 else {"nticks": 5, "tickformat": ".5~g"}
 
 
 def overlap_lines(ks: Sequence[int], pairs: Sequence[Mapping[str, Any]], theme: str = "light") -> go.Figure:

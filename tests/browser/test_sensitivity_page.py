@@ -94,7 +94,7 @@ def test_a_run_is_chosen_from_the_list_and_a_reload_gives_the_same_view(server, 
     run = open_run(server[1] / FOLDER / IDS["grad_x_weight"])
     page = visit()
     page.locator("#sens-list tr", has_text="grad_x_weight").locator("button", has_text="demo-dense").click()
-    expect(page.locator("#sens-sentence")).to_contain_text("Sign flip of the 20 top weights of demo-dense by grad_x_weight: perplexity × 3.2")
+    expect(page.locator("#sens-sentence")).to_contain_text("Flipping the sign of the 20 top weights of demo-dense by grad_x_weight: perplexity × 3.2")
     wait_drawn(page, "sens-map")
     for picker, choice in (("sens-stat", "Largest score"), ("sens-group", "by layer")):
         page.locator(f"#{picker}").click()
@@ -193,7 +193,7 @@ def test_a_real_run_is_made_by_a_job_and_shown(server, visit):
     page.get_by_role("button", name="Run", exact=True).click()
     expect(page.locator("#sens-progress .job")).to_be_visible()
     page.wait_for_function("() => new URL(location).searchParams.get('run')", timeout=300_000)
-    expect(page.locator("#sens-sentence")).to_contain_text("Sign flip of the 20 top weights of demo-dense by grad_x_weight", timeout=100_000)
+    expect(page.locator("#sens-sentence")).to_contain_text("Flipping the sign of the 20 top weights of demo-dense by grad_x_weight", timeout=100_000)
     run = checked(open_run(server[1] / FOLDER / query_of(page)["run"]))
     assert (run.manifest["spec"]["topk"], run.manifest["text"]["n_tokens"], len(run.top)) == (5, 128, 20)
     command = page.locator("#sens-command").inner_text()
