@@ -17,8 +17,8 @@ from components.controls import facts
 from components.graph import graph, graph_tools
 from components.sensitivity_comparison import comparison_card
 from components.sensitivity_request import TEXTS
-from components.sensitivity_tables import MOST_ROWS, STATUSES, effect_table, overlap_table, published_table, super_table, top_grid
-from components.sensitivity_values import DONE, GROUPS, STATISTICS, components_of, layers_of, not_measured, opened, sentence
+from components.sensitivity_tables import MOST_ROWS, STATUSES, brackets, effect_table, overlap_table, published_table, super_table, top_grid
+from components.sensitivity_values import DONE, GROUPS, STATISTICS, components_of, layers_of, not_measured, number, opened, sentence
 from components.services import services
 from components.states import empty, error
 from components.trace_view import short_date
@@ -159,8 +159,10 @@ def _top_card(run: SensitivityRun) -> html.Section:
 
 def _effects_card(run: SensitivityRun, place: str) -> html.Section:
     found = run.stats["perturbation"]
-    what = f"{DONE.get(found['op'], found['op'])} the chosen weights" + (f", scale {found['scale']:g}" if found["op"] in ("scale", "gaussian") and found["scale"] is not None else "")
+    what = f"{DONE.get(found['op'], found['op'])} the chosen weights"
+    what += f", scale {found['scale']:g}" if found["op"] in ("scale", "gaussian") and found["scale"] is not None else ""
     what += f", bit {found['bit']}" if found["bit"] is not None else ""
+    what += f". Baseline {number(found['baseline']['perplexity'])} {brackets(found['baseline']['ci'])}".rstrip()
     body = [graph("sens-effects", 130 + 34 * min(len(found["runs"]), 12)), html.Div(effect_table(found), className="sens-tight")]
     return card("Effect on perplexity", body, f"{what}. Bars: 95 % intervals.", graph_tools("sens-effects", "perturbation-effects"),
                 list(ABOUT_EFFECTS), className=place)  # fmt: skip

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from dash import Input, Output, State, callback, dcc, html
+from dash import Input, Output, State, callback, dcc, html, no_update
 from numpy.typing import NDArray
 
 from backend.errors import LayerscopeError
@@ -64,11 +64,11 @@ def comparison_card(run_id: str, asked: Mapping[str, Any]) -> html.Section:
           Input("sens-with", "value"), Input("sens-profile", "value"), Input("theme", "data"), State("sens-run", "data"))  # fmt: skip
 def show_comparison(chosen: Sequence[str] | None, group: str, theme: str, run_id: str):
     if not chosen:
-        return {}, {}, None, True
+        return no_update, no_update, None, True
     try:
         found = compared((run_id, *chosen[: MOST_COMPARED - 1]))
     except LayerscopeError as problem:
-        return {}, {}, error(str(problem)), True
+        return no_update, no_update, error(str(problem)), True
     names = [f"{run['run'] + 1} {one_line(run['label'], 46)}" for run in found["runs"]]
     group = group if group in PROFILES else "component"
     places, shares = profiles(found, group)

@@ -89,21 +89,21 @@ def _interval(ci: Sequence[float | None] | None) -> str:
     return f"{number(ci[0])} to {number(ci[1])}" if ci else "–"
 
 
-def _brackets(ci: Sequence[float | None] | None) -> str:
+def brackets(ci: Sequence[float | None] | None) -> str:
     return f"[{number(ci[0])}, {number(ci[1])}]" if ci else ""
 
 
 def effect_table(found: Mapping[str, Any]) -> html.Div:
     """The baseline and every perturbed selection. found: `perturbation` of a run."""
     base = found["baseline"]
-    head = (("Weights", ""), ("Perplexity", "of the baseline with its 95 % interval"),
+    head = (("Weights", ""), ("Perplexity", ""),
             ("Ratio", "perplexity over the baseline's, with its 95 % interval by bootstrap over windows"),
             ("Changed", "entries whose stored value really changed"), ("Not exact", "entries that the stored format could not represent as asked"),
             ("Others", "weights of the same quantized block that moved too"))  # fmt: skip
-    rows = [["baseline", f"{number(base['perplexity'])} {_brackets(base['ci'])}", "1", "–", "–", "–"]]
+    rows = [["baseline", number(base["perplexity"]), "1", "–", "–", "–"]]
     for run in found["runs"]:
         label = SELECTIONS[run["selection"]] + ("" if run["seed"] is None else f", seed {run['seed']}")
-        rows.append([label, number(run["perplexity"]), f"{number(run['ratio'])} {_brackets(run['ci'])}", number(run["changed"], ",.0f"), number(run["not_representable"], ",.0f"),
+        rows.append([label, number(run["perplexity"]), f"{number(run['ratio'])} {brackets(run['ci'])}", number(run["changed"], ",.0f"), number(run["not_representable"], ",.0f"),
                      number(run["n_others"], ",.0f")])  # fmt: skip
     return _table(head, rows)
 
@@ -158,7 +158,7 @@ def compared_table(found: Mapping[str, Any], names: Sequence[str]) -> html.Div:
         if deepest:
             counts = [f"{deepest['k']:,}", f"{deepest['both']:,}", number(deepest["expected"], ",.3g"), number(deepest["jaccard"], ".3f"), _p(found, deepest["test"])]
         scores = number(pair["weights"]["scores"]["spearman"], ".3f") if pair["weights"] else "–"
-        said = f"× {number(effect['ratio_of_ratios'])} {_brackets(effect['ci'])}, p* {_p(found, effect['test'])}" if effect else "–"
+        said = f"× {number(effect['ratio_of_ratios'])} {brackets(effect['ci'])}, p* {_p(found, effect['test'])}" if effect else "–"
         label = html.Span(" and ".join(str(each + 1) for each in pair["runs"]), title="; ".join(names[each] for each in pair["runs"]))
         rows.append([label, *counts, scores, number(pair["profile"]["spearman"], ".3f"), said])
     return _table(head, rows)
