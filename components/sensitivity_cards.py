@@ -169,7 +169,7 @@ def _effects_card(run: SensitivityRun, place: str) -> html.Section:
 
 
 def _stability_card(run: SensitivityRun, place: str) -> html.Section:
-    body = [graph("sens-stability", 300, className="fill"), html.Div(overlap_table(run.stats["stability"]), className="sens-table")]
+    body = [graph("sens-stability", 300, className="fill"), html.Div(overlap_table(run.stats["stability"]), className="sens-table sens-tight")]
     return card("Stability of the ranking", body, "How much of the top k stays when something else is changed.", graph_tools("sens-stability", "stability"), list(ABOUT_STABILITY),
                 className=place)  # fmt: skip
 

@@ -34,7 +34,7 @@ def start_card(model: str | None) -> html.Section:
     """The card; its callbacks need `jobs-now` and write `sens-run`, the run that the page shows."""
     body = [sensitivity_form(services().library.models(), model), html.Div(id="sens-progress", className="home-progress", role="status")]
     running = next((job.id for job in services().jobs.list(limit=20) if job.kind == "sensitivity" and job.is_active), None)  # of whoever comes back to the page
-    stores = [dcc.Store(id="sens-preset"), dcc.Store(id="sens-job", data=running), dcc.Store(id="sens-ready")]
+    stores = [dcc.Store(id="sens-preset"), dcc.Store(id="sens-job", data=running), dcc.Store(id="sens-ready"), dcc.Store(id="sens-taken")]
     return card("New run", [*stores, *body], "A preset fills the form; every field may be changed.", about=list(ABOUT), className="wide")
 
 
@@ -94,12 +94,12 @@ def follow(job_id: str | None, _: Any, told: str | None):
     return follow_job(job_id, told)
 
 
-@callback(Output("sens-run", "data", allow_duplicate=True), Input("sens-ready", "data"), prevent_initial_call=True)
-def show_result(job_id: str | None):
-    """The run that a job has written."""
-    if not job_id:
+@callback(Output("sens-run", "data", allow_duplicate=True), Output("sens-taken", "data"), Input("sens-ready", "data"), State("sens-taken", "data"), prevent_initial_call=True)
+def show_result(job_id: str | None, taken: str | None):
+    """The run that a job has written, once: that it is done is said again for a while, and meanwhile another run may have been chosen."""
+    if not job_id or job_id == taken:
         raise PreventUpdate
-    return services().jobs.get(job_id).result["run"]
+    return services().jobs.get(job_id).result["run"], job_id
 
 
 def _entry(model: str | None) -> ModelEntry | None:

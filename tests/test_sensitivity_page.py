@@ -30,6 +30,7 @@ from components.sensitivity_comparison import overlaps, profiles
 from components.sensitivity_request import FIELDS, cost_words, form_values, metric_options, presets, read_spec
 from components.sensitivity_tables import MOST_ROWS, compared_table, super_table, to_csv, top_csv, top_grid
 from components.sensitivity_values import distribution, not_measured, sentence, statistic_map, weight_link
+from components.weight_source import read_place
 from tests.sensitivity_runs import write_run
 from tests.test_cards import parts, problems, text_of, unnamed
 from tests.tiny_models import TinyModel
@@ -156,6 +157,11 @@ def test_a_weights_link_leads_to_the_stored_place_and_without_the_model_to_its_n
     query = parse_qs(urlparse(weight_link(run, row)).query)
     assert query["tensor"] == ["blk.1.attn_q.weight"] and query["mark"] == [f"{place.row},{place.column}"] and place.row != 3  # the converter reordered W_Q
     assert query["zoom"] == [f"{max(place.row - 24, 0)}-{place.row + 25},0-30"]
+
+
+@pytest.mark.parametrize(("text", "place"), [("3,5", [3, 5]), ("3", None), ("3,x", None), ("-1,2", None), (None, None), ("9" * 30 + ",1", None)])
+def test_a_place_in_an_address_is_read_or_left_out(text: str | None, place: list[int] | None):
+    assert read_place(text) == place
 
 
 # -- what is drawn -----------------------------------------------------------------------------------------------------------------------
