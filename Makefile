@@ -5,7 +5,7 @@ PEERS := .venv-peers
 PY := $(VENV)/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test lint types unit browser faults fuzz screenshots models bench peers peers-env image clean help
+.PHONY: run test lint types unit browser faults fuzz slow screenshots models bench peers peers-env image clean help
 
 run: $(VENV)/.installed  ## start the dashboard and its worker
 	$(PY) app.py
@@ -26,6 +26,9 @@ faults: $(VENV)/.installed-dev  ## long fault-injection runs
 
 fuzz: $(VENV)/.installed-dev  ## long fuzzing runs
 	$(PY) -m pytest -m fuzz
+
+slow: $(VENV)/.installed-dev  ## long measurements
+	$(PY) -m pytest -m slow
 
 screenshots: $(VENV)/.installed-dev chromium  ## every page, both themes, two widths, into test-results/
 	$(PY) scripts/screenshots.py test-results/screenshots

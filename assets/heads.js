@@ -1,16 +1,19 @@
 /* The head grid: click or arrow keys choose a head; the store "chosen-head", the pickers and the grid stay equal. */
 (function () {
+    let shown = "";  // in the pickers, as far as it came from the store
     const grid = () => document.getElementById("head-grid");
     // Marked at once: a key that follows before Dash has answered must step from here.
     const mark = (layer, head) => {
-        for (const cell of grid() ? grid().querySelectorAll(".head") : []) {
-            const is = Number(cell.dataset.layer) === layer && Number(cell.dataset.head) === head;
-            cell.classList.toggle("chosen", is);
-            cell.setAttribute("aria-selected", String(is));
-        }
-        for (const row of document.querySelectorAll("tr[data-layer][data-head]")) {
-            row.classList.toggle("chosen", Number(row.dataset.layer) === layer && Number(row.dataset.head) === head);
-        }
+        // Only what changes: a grid has a thousand cells.
+        const chosen = (selector, on) => {
+            for (const item of document.querySelectorAll(selector)) {
+                item.classList.toggle("chosen", on);
+                if (item.matches(".head")) item.setAttribute("aria-selected", String(on));
+            }
+        };
+        const marked = "#head-grid .head.chosen, tr[data-layer][data-head].chosen", at = `[data-layer="${layer}"][data-head="${head}"]`;
+        chosen(marked, false);
+        chosen(`#head-grid .head${at}, tr${at}`, true);
     };
     const choose = (layer, head) => {
         mark(layer, head);
@@ -43,14 +46,17 @@
 
     window.dash_clientside = window.dash_clientside || {};
     window.dash_clientside.layerscope = Object.assign(window.dash_clientside.layerscope || {}, {
-        chooseHead(chosen, layer, head) {
-            const no = window.dash_clientside.no_update;
-            const by = (window.dash_clientside.callback_context.triggered || []).map((t) => t.prop_id.split(".")[0]);
-            const fromPicker = by.length > 0 && !by.includes("chosen-head");
-            const now = fromPicker ? { layer, head } : chosen;
-            if (!now) return [no, no, no];
-            mark(now.layer, now.head);
-            return fromPicker ? [now, no, no] : [no, now.layer === layer ? no : now.layer, now.head === head ? no : now.head];
+        /** A head was chosen: grid and pickers follow. */
+        showHead(chosen) {
+            if (!chosen) return [window.dash_clientside.no_update, window.dash_clientside.no_update];
+            mark(chosen.layer, chosen.head);
+            shown = `${chosen.layer}.${chosen.head}`;
+            return [chosen.layer, chosen.head];
+        },
+        /** The pickers say something else than what they were told to show: a person chose with them. */
+        pickHead(layer, head) {
+            if (`${layer}.${head}` !== shown) choose(layer, head);
+            return window.dash_clientside.no_update;
         },
     });
 })();

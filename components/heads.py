@@ -68,15 +68,9 @@ def _select(id: str, values: list[int], chosen: int) -> dcc.Dropdown:
     return dcc.Dropdown(options, chosen, id=id, clearable=False, searchable=len(values) > 12, className="picker-narrow")
 
 
-clientside_callback(
-    ClientsideFunction("layerscope", "chooseHead"),
-    Output("chosen-head", "data"),
-    Output("layer-picker", "value"),
-    Output("head-picker", "value"),
-    Input("chosen-head", "data"),
-    Input("layer-picker", "value"),
-    Input("head-picker", "value"),
-)
+# Two callbacks, and none that gives back the store it listens to: Dash would hold every other listener, the pattern's request too, until that one had ended.
+clientside_callback(ClientsideFunction("layerscope", "showHead"), Output("layer-picker", "value"), Output("head-picker", "value"), Input("chosen-head", "data"))
+clientside_callback(ClientsideFunction("layerscope", "pickHead"), Output("layer-picker", "id"), Input("layer-picker", "value"), Input("head-picker", "value"))
 
 
 def thumbnail_sprite(thumbs: NDArray[np.uint8], theme: str) -> bytes:

@@ -58,6 +58,17 @@ def test_nothing_heavy_is_imported_before_an_engine_opens():
         assert not heavy, heavy
 
 
+def test_documents_are_set_where_they_are_written():
+    """matplotlib and reportlab take a second to load: only what prints has them, and nothing else loads that at its top."""
+    writers = {"plot_style", "plot_on_page", "sensitivity_panels", "sensitivity_effects", "sensitivity_plots", "sensitivity_text", "sensitivity_report", "sensitivity_compared"}
+    for folder in ("backend", "components", "pages", "config", "app.py"):
+        direct = {line.split(":")[0] for line in offenders(folder, ("matplotlib", "reportlab"))}
+        assert direct <= {f"backend/reports/{name}.py" for name in writers}, direct
+        early = {line.split(":")[0] for line in offenders(folder, tuple(f"backend.reports.{name}" for name in writers), top_level_only=True)}
+        assert early <= {f"backend/reports/{name}.py" for name in writers}, early
+        assert not offenders(folder, ("matplotlib.pyplot", "matplotlib.pylab")), "figures are objects; pyplot keeps state for the whole process"
+
+
 def test_nothing_imports_pages_and_few_read_the_settings():
     for folder in ("backend", "components", "config"):
         assert not offenders(folder, ("pages",))

@@ -56,7 +56,9 @@ def test_other_options_or_a_changed_file_open_it_anew(warm: WarmEngine, events: 
     first = warm("group/alpha", {})
     assert first.options.kv_cache == "f32", "the settings' choice"
     assert warm("group/alpha", {"kv_cache": "f16"}).options.kv_cache == "f16"
+    assert warm("group/alpha", {"editable_weights": True}).options.editable_weights
     second = warm("group/alpha", {})
+    assert not second.options.editable_weights
     os.utime(tmp_path / "models" / "group" / "alpha" / "model.safetensors", ns=(1, 1))
     assert warm("group/alpha", {}) is not second
     assert [event for event, _ in events].count("open") == 4

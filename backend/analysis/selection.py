@@ -79,8 +79,8 @@ class TopK:
     def per_tensor(self) -> dict[int, int]:
         """Number of each array -> how many of its scores are among the k best so far."""
         self._shrink()
-        tensors, counts = np.unique(self._kept[0].tensor, return_counts=True)
-        return dict(zip(tensors.tolist(), counts.tolist(), strict=True))
+        counts = np.bincount(self._kept[0].tensor)
+        return {int(tensor): int(counts[tensor]) for tensor in np.flatnonzero(counts)}
 
     def best(self) -> Selected:
         """The k best (fewer where fewer were added), best first."""

@@ -3,6 +3,7 @@
     Tensor                      struct ggml_tensor of the ggml inside llama-cpp-python 0.3.36
     view(t)                     a tensor's values where they lie, or a copy where that is not this machine's memory
     read(t), write(t, values)   a tensor's values through ggml_backend_tensor_get/set: right on every backend, CPU or GPU
+    read_bytes, write_bytes     a tensor's bytes as they are stored, blocks of quantized types too
     dequantize(type, bytes, n)  ggml's to_float: the numbers that its kernels see
     quantize(type, values)      ggml's own rounding to that type
     open_llama()                llama_cpp, its back end initialised and its log lines kept instead of printed

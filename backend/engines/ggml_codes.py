@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,18 +91,17 @@ def rewritten(type_id: int, blocks: Bytes, block: NDArray[np.int64], entry: NDAr
         return coded
     target = before.copy()
     target[block, entry] = wanted
-    anew = quantize(type_id, target[redo])
+    anew, out = quantize(type_id, target[redo]), coded.copy()
+    out[redo] = anew
+    better = _errors(type_id, out, block, entry, wanted) < _errors(type_id, coded, block, entry, wanted)
+    return np.where(better[:, None], out, coded)
 
-    def error(values: NDArray[np.float32]) -> NDArray[np.float64]:
-        of_entry = np.abs(values[block, entry].astype(np.float64) - wanted)
-        return np.bincount(block, of_entry, len(blocks))[redo]
 
-    whole = before.copy()
-    whole[redo] = values_of(type_id, anew)
-    better = error(whole) < error(values_of(type_id, coded))
-    out = coded.copy()
-    out[redo[better]] = anew[better]
-    return out
+def _errors(type_id: int, blocks: Bytes, block: NDArray[np.int64], entry: NDArray[np.int64], wanted: NDArray[np.float32]) -> NDArray[np.float64]:
+    """For each block, how far its named entries are from what was wanted, summed."""
+    errors = np.zeros(len(blocks))
+    np.add.at(errors, block, np.abs(values_of(type_id, blocks)[block, entry].astype(np.float64) - wanted))
+    return errors
 
 
 def _coded(type_id: int, codes: Codes, blocks: Bytes, block: NDArray[np.int64], entry: NDArray[np.int64],
@@ -112,7 +110,7 @@ def _coded(type_id: int, codes: Codes, blocks: Bytes, block: NDArray[np.int64], 
 
     A code of one bit is a sign: there everything that is not one of its two values is beyond.
     """
-    low, high = (values_of(type_id, _all_set(codes, blocks, code))[block, entry].astype(np.float64) for code in (codes.lowest, codes.highest))
+    low, high = (values_of(type_id, _all_set(codes.bits, blocks, code))[block, entry].astype(np.float64) for code in (codes.lowest, codes.highest))
     flat = (high == low) | ~np.isfinite(high - low)
     level = np.where(flat, 0.0, (wanted - low) / np.where(flat, 1.0, high - low))
     order = np.argsort(codes.levels, kind="stable")
@@ -130,11 +128,11 @@ def _coded(type_id: int, codes: Codes, blocks: Bytes, block: NDArray[np.int64], 
     return np.packbits(unpacked, axis=1, bitorder="little"), beyond | flat
 
 
-def _all_set(codes: Codes, blocks: Bytes, code: int) -> Bytes:
-    """`blocks` with the same code in every entry."""
+def _all_set(bits: NDArray[np.int64], blocks: Bytes, code: int) -> Bytes:
+    """`blocks` with the same code in every entry; bits as in Codes."""
     unpacked = np.unpackbits(blocks, axis=1, bitorder="little")
-    for k in range(codes.n_bits):
-        unpacked[:, codes.bits[:, k]] = code >> k & 1
+    for k in range(bits.shape[1]):
+        unpacked[:, bits[:, k]] = code >> k & 1
     return np.packbits(unpacked, axis=1, bitorder="little")
 
 
@@ -152,14 +150,8 @@ def codes_of(type_id: int) -> Codes | None:
     counts = {len(bits) for bits in owned}
     if len(counts) != 1 or 0 in counts:
         return None
-    bits = np.array(owned, np.int64)
-    n_codes = 1 << bits.shape[1]
-    raw = Codes(bits, np.zeros(n_codes), 0, 0)
-    # every entry's value of every code, (code, probe, entry)
-    values = np.stack([values_of(type_id, _all_set(raw, probes, code)) for code in range(n_codes)]).astype(np.float64)
-    bits = _by_significance(bits, values)
-    raw = Codes(bits, np.zeros(n_codes), 0, 0)
-    values = np.stack([values_of(type_id, _all_set(raw, probes, code)) for code in range(n_codes)]).astype(np.float64)
+    bits = _by_significance(type_id, np.array(owned, np.int64), probes)
+    values = _of_every_code(type_id, bits, probes)
     span = np.ptp(values, axis=0)
     seen = span > _LIKENESS * np.abs(values).max(0)  # not where a large minimum swallows the differences
     first = tuple(np.argwhere(seen)[0])
@@ -195,9 +187,14 @@ def _own_bits(type_id: int, probes: Bytes) -> list[list[int]]:
     return owned
 
 
-def _by_significance(bits: NDArray[np.int64], values: NDArray[Any]) -> NDArray[np.int64]:
-    """Each entry's bits in the order of what their flip changes, the least first. values: (code, probe, entry), of codes made of `bits` as they are."""
-    codes = np.arange(len(values))
+def _of_every_code(type_id: int, bits: NDArray[np.int64], probes: Bytes) -> NDArray[np.float64]:
+    """What each code means in each entry, (code, probe, entry)."""
+    return np.stack([values_of(type_id, _all_set(bits, probes, code)) for code in range(1 << bits.shape[1])]).astype(np.float64)
+
+
+def _by_significance(type_id: int, bits: NDArray[np.int64], probes: Bytes) -> NDArray[np.int64]:
+    """Each entry's bits in the order of what their flip changes, the least first."""
+    values, codes = _of_every_code(type_id, bits, probes), np.arange(1 << bits.shape[1])
     size = np.abs(values).max((0, 2), keepdims=True)
     change = np.stack([(np.abs(values - values[codes ^ (1 << k)]) / size).mean((0, 1)) for k in range(bits.shape[1])], axis=1)
     return np.take_along_axis(bits, np.argsort(change, axis=1, kind="stable"), axis=1)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from backend.engines import Request, ShouldStop, check_request, never_stop, no_sink
 from backend.engines.hf_architecture import Architecture
 from backend.engines.hf_taps import Tap, installed, to_numpy
+from backend.engines.hf_tokenizer import first_line
 from backend.engines.hf_weights import Found
 from backend.errors import LayerscopeError
 from backend.model_info import ModelInfo
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 Windows = Sequence[Sequence[int]]
 Named = Iterator[tuple[str, NDArray[np.float32]]]
 OnWindow = Callable[[int], Any]  # told how many windows are done
+_NOT_TWICE = re.compile(r"derivative for '?([\w:]+)'? is not implemented|once_differentiable|twice differentiable|double backward")
 
 
 def _unwatched(done: int) -> None:
@@ -151,12 +153,12 @@ class Gradients:
     def _named_where_missing(self) -> Iterator[None]:
         try:
             yield
-        except RuntimeError as error:  # PyTorch's only sign of a derivative that it does not have
-            found = re.search(r"derivative for '?([\w:]+)'? is not implemented|(\w+) .*is not twice differentiable|(\w+) does not support double backward", str(error))
+        except RuntimeError as error:  # PyTorch's only sign of a second derivative that it does not have
+            found = _NOT_TWICE.search(str(error))
             if found is None:
                 raise
-            what = next(filter(None, found.groups()))
-            raise LayerscopeError(f"{self._info.name} ({self._info.architecture}) has no Hessian here: PyTorch has no second derivative of {what}.") from error
+            what = f"of {found[1]}" if found[1] else f"({first_line(error)})"
+            raise LayerscopeError(f"{self._info.name} ({self._info.architecture}) has no Hessian here: PyTorch has no second derivative {what}.") from error
 
     def _zeros(self) -> dict[int, Tensor]:
         import torch

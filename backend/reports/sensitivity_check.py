@@ -7,6 +7,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
+from backend.analysis.sensitivity_profiles import Profile, profile
 from backend.errors import LayerscopeError
 from backend.reports.sensitivity_run import SensitivityRun
 
@@ -57,6 +60,14 @@ def checked(run: SensitivityRun) -> SensitivityRun:
     if wrong:
         raise LayerscopeError(f"The run in {run.folder} is damaged: {wrong}.")
     return run
+
+
+def ranked(run: SensitivityRun) -> Profile:
+    """The tensors of a checked run that lie in a layer, by component and layer."""
+    rows = [row for row in run.stats["tensors"] if row["layer"] is not None]
+    columns = {key: [row[key] for row in rows] for key in ("component", "layer", "n", "n_top")}
+    mean, best = (np.array([row[key] for row in rows], dtype=float) for key in ("mean", "max"))
+    return profile(columns["component"], columns["layer"], columns["n"], mean, best, columns["n_top"])
 
 
 def _wrong(value: Any, shape: Any, where: str) -> str:

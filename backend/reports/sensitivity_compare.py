@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from backend.analysis.sensitivity_profiles import Profile, profile, resampled
+from backend.analysis.sensitivity_profiles import resampled
 from backend.analysis.significance import CORRECTIONS, MONTE_CARLO, agreement, corrected, effect, kruskal, overlap, rank_p, shares
 from backend.errors import LayerscopeError
-from backend.reports.sensitivity_check import checked
+from backend.reports.sensitivity_check import checked, ranked
 from backend.reports.sensitivity_run import MANIFEST, SensitivityRun, open_run
 
 SCHEMA = "layerscope.sensitivity-compare/1"
@@ -71,7 +71,7 @@ def compare_runs(runs: Sequence[SensitivityRun], correction: str = "holm") -> di
         checked(run)
     if twice := next((run for i, run in enumerate(runs) if any(other.id == run.id for other in runs[:i])), None):
         raise LayerscopeError(f"The run {twice.id[:40]} ({twice.folder}) is there twice; a run agrees with itself.")
-    tests, notes = _Tests(), []
+    tests, notes = _Tests(), list[str]()
     found = {
         "runs": [_about(i, run) for i, run in enumerate(runs)],
         "agreement": [_pair(i, j, runs[i], runs[j], tests, notes) for i, j in combinations(range(len(runs)), 2)],
@@ -108,13 +108,6 @@ def _about(i: int, run: SensitivityRun) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def table(run: SensitivityRun) -> Profile:
-    """The run's tensors of layers by component and layer."""
-    rows = [row for row in run.stats["tensors"] if row["layer"] is not None]
-    mean, best = (np.array([row[key] for row in rows], dtype=float) for key in ("mean", "max"))
-    return profile(*([row[key] for row in rows] for key in ("component", "layer", "n")), mean, best, [row["n_top"] for row in rows])
-
-
 # -- two runs ------------------------------------------------------------------------------------------------------------------
 
 
@@ -148,7 +141,8 @@ def _weights(i: int, j: int, a: SensitivityRun, b: SensitivityRun, shared: dict[
         sets = [{key for key, row in each.items() if row["rank"] <= k} for each in kept]
         drawn = [Counter(scope_of(each[key]) for key in chosen) for each, chosen in zip(kept, sets, strict=True)]
         scopes = [scope for scope, n in population.items() if n]
-        found = overlap([population[s] for s in scopes], *([each[s] for s in scopes] for each in drawn), len(sets[0] & sets[1]))
+        of_a, of_b = ([each[scope] for scope in scopes] for each in drawn)
+        found = overlap([population[scope] for scope in scopes], of_a, of_b, len(sets[0] & sets[1]))
         one = ("top overlap", (i, j), f"top {k:,} of each scope", found.n_a + found.n_b, ("weights in both", found.both), ("Jaccard", found.jaccard), found.p)
         test = tests.add(*one) if k == deepest else None  # the sets lie in each other: one test a pair
         rows.append({"k": k, "n_a": found.n_a, "n_b": found.n_b, "both": found.both, "expected": found.expected, "jaccard": _number(found.jaccard), "test": test})
@@ -164,7 +158,7 @@ def _profiles(i: int, j: int, a: SensitivityRun, b: SensitivityRun, shared: dict
         means = [{row["name"]: row["mean"] for row in run.stats["tensors"]} for run in (a, b)]
         found, over = agreement(*(np.array([each[name] for name in shared], dtype=float) for each in means)), "tensors"
     else:
-        tables = [table(run) for run in (a, b)]
+        tables = [ranked(run) for run in (a, b)]
         common = [name for name in tables[0].components if name in tables[1].components]
         depths = min(len(each.layers) for each in tables)
         rows = [resampled(each.mean[[each.components.index(name) for name in common]], depths).reshape(-1) if common and depths else np.zeros(0) for each in tables]
@@ -197,7 +191,7 @@ def _between(i: int, j: int, a: SensitivityRun, b: SensitivityRun, tests: _Tests
 
 
 def _layers(i: int, run: SensitivityRun, tests: _Tests) -> dict[str, Any]:
-    found = table(run)
+    found = ranked(run)
     total, top = found.layer_total, found.top.sum(axis=0)
     trend = agreement(found.layers, found.layer_mean)
     test = tests.add("depth trend", (i,), "mean score of a layer against its place", trend.n, ("rho", trend.rho), ("rho", trend.rho), trend.p)
@@ -232,9 +226,9 @@ def _components(i: int, run: SensitivityRun, tests: _Tests) -> dict[str, Any]:
 
 
 def _controls(i: int, run: SensitivityRun, tests: _Tests) -> list[dict[str, Any]]:
-    part, found = run.stats.get("perturbation"), []
-    top = _ratios(part, "top_k") if part else []
-    for control in dict.fromkeys(row["selection"] for row in part["runs"] if row["selection"] != "top_k") if part and top else ():
+    part, found = run.stats.get("perturbation") or {"runs": []}, []
+    top = _ratios(part, "top_k")
+    for control in dict.fromkeys(row["selection"] for row in part["runs"] if row["selection"] != "top_k") if top else ():
         others, n = _ratios(part, control), run.manifest["text"]["n_windows"]
         if not others:
             continue

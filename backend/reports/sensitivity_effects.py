@@ -144,7 +144,7 @@ def super_weights(run: SensitivityRun) -> Figure:
     worst = (part.get("random") or {}).get("worst_ratio")
     if worst:
         right.axvline(worst, color=QUIET, linewidth=0.8, linestyle=":", label=f"worst of {part['random']['n']:,} random weights")
-        right.legend(loc="lower right")
+        right.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0))  # beside the title, where no point can be
     right.set(ylim=(len(shown) - 0.5, -0.5), xlabel="perplexity / baseline", title="Set to 0, one at a time")
     _ratio_axis(right, "x", shown, worst or 1.0)
     right.tick_params(axis="y", length=0)
@@ -200,7 +200,7 @@ def _pair_groups(pairs: Sequence[dict[str, Any]], metric: str) -> list[tuple[str
     groups: dict[tuple[str, str], list[float]] = {}
     for pair in pairs:
         if pair["spearman"] is not None:
-            others = [each for each in (pair["a"], pair["b"]) if each != metric]
+            others = [each for each in (pair["a"], pair["b"]) if each != metric] or [metric]
             name = "with " + label(" and ".join(others), 24) if pair["kind"] == "metric" else KINDS.get(pair["kind"], (label(pair["kind"], 20), ""))[0]
             groups.setdefault((name, pair["kind"]), []).append(pair["spearman"])
     return [(f"{name}\nn = {len(values)} pairs" if len(values) > 1 else name, kind, values) for (name, kind), values in groups.items()]

@@ -14,8 +14,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from backend.analysis.sensitivity_profiles import Profile, pooled, profile
+from backend.analysis.sensitivity_profiles import Profile, pooled
 from backend.reports.plot_style import DOUBLE, INK, LINES, SEQUENTIAL, figure, grid, label, line
+from backend.reports.sensitivity_check import ranked
 from backend.reports.sensitivity_run import SensitivityRun
 
 # What a metric's score is, as an axis says it. L is in nats, so is everything that is made of it.
@@ -37,23 +38,18 @@ def score_label(run: SensitivityRun) -> str:
     return f"score, {SCORES[metric]}" if metric in SCORES else f"score of {label(metric, 30)}"
 
 
-def ranked(run: SensitivityRun) -> Profile:
-    """The run's tensors that lie in a layer."""
-    rows = [row for row in run.stats["tensors"] if row["layer"] is not None]
-    columns = {key: [row[key] for row in rows] for key in ("component", "layer", "n", "n_top")}
-    mean, best = (np.array([row[key] for row in rows], dtype=float) for key in ("mean", "max"))
-    return profile(columns["component"], columns["layer"], columns["n"], mean, best, columns["n_top"])
-
-
 def distribution(run: SensitivityRun) -> Figure:
     """Left: the density of log scores of each component. Right: the share of a layer's weights that score above a value, with the share that was kept."""
     rows = [row for row in run.stats["tensors"] if row["histogram"]["counts"]]
     edges = _common_edges(rows)
     made = figure(DOUBLE, 2.75)
     left, right = made.subplots(1, 2)
-    components = list(dict.fromkeys(row["component"] for row in rows))
-    for i, component in enumerate(components):
-        share = _share([row for row in rows if row["component"] == component], edges)
+    components = list(dict.fromkeys(row["component"] for row in run.stats["tensors"]))
+    for i, component in enumerate(components):  # one without scores keeps its colour for the other figures
+        mine = [row for row in rows if row["component"] == component]
+        if not mine:
+            continue
+        share = _share(mine, edges)
         left.stairs(share / np.diff(edges), 10**edges, label=label(component, 24), linewidth=1.0, **line(i))
     left.set(xscale="log", xlabel=score_label(run), ylabel="share of weights per decade", title="By component, all layers", ylim=(0, None))
     layers = sorted({row["layer"] for row in rows if row["layer"] is not None})

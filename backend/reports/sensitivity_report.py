@@ -20,11 +20,12 @@ from reportlab.lib.units import mm
 from reportlab.pdfbase import pdfmetrics
 from reportlab.pdfbase.ttfonts import TTFont
 from reportlab.pdfgen.canvas import Canvas
-from reportlab.platypus import Flowable, Image, KeepTogether, PageBreak, Paragraph, SimpleDocTemplate, Spacer, Table, TableStyle
+from reportlab.platypus import Flowable, KeepTogether, PageBreak, Paragraph, SimpleDocTemplate, Spacer, Table, TableStyle
 
 from backend.errors import LayerscopeError
 from backend.reports import sensitivity_text as text
-from backend.reports.plot_style import FONTS, INK, LINE, QUIET, drawing, printable, save
+from backend.reports.plot_on_page import PlotOnPage
+from backend.reports.plot_style import FONTS, INK, LINE, QUIET, drawing, printable
 from backend.reports.sensitivity_check import checked
 from backend.reports.sensitivity_compare import MAX_RUNS, compare_runs
 from backend.reports.sensitivity_compared import comparison_tables
@@ -32,7 +33,8 @@ from backend.reports.sensitivity_plots import PLOTS, left_out
 from backend.reports.sensitivity_run import SensitivityRun
 
 _MARGIN = 18 * mm
-_WIDTH = A4[0] - 2 * _MARGIN
+_INSET = 6  # points that reportlab's frame keeps free at each side
+_WIDTH = A4[0] - 2 * (_MARGIN + _INSET)
 _CELL, _LONGEST = 90, 4000  # letters of a table's cell and of a paragraph
 # Parts of a run in the order of the document: heading, the part of the statistics (none: the ranking), its table, its figures.
 _PARTS: tuple[tuple[str, str, Any, tuple[str, ...]], ...] = (
@@ -69,13 +71,15 @@ def report_bytes(runs: Sequence[SensitivityRun], correction: str = "holm") -> by
     made = io.BytesIO()
     document = SimpleDocTemplate(made, pagesize=A4, leftMargin=_MARGIN, rightMargin=_MARGIN, topMargin=16 * mm, bottomMargin=18 * mm, invariant=1,
                                  title="Sensitivity report", author="Layerscope", subject=printable("; ".join(run.label for run in runs), 200))  # fmt: skip
-    story = list(_front(runs))
-    for i, run in enumerate(runs, 1):
-        story += _run(i, run)
-    if compared:
-        story += _comparison(compared)
-    story += _limits(compared)
-    document.build(story, canvasmaker=partial(_Pages, footer=f"Layerscope {printable(str(runs[0].manifest.get('layerscope', '')), 20)}, sensitivity report"))
+    footer = f"Layerscope {printable(str(runs[0].manifest.get('layerscope', '')), 20)}, sensitivity report"
+    with drawing():  # figures are drawn when their page is
+        story = list(_front(runs))
+        for i, run in enumerate(runs, 1):
+            story += _run(i, run)
+        if compared:
+            story += _comparison(compared)
+        story += _limits(compared)
+        document.build(story, canvasmaker=partial(_Pages, footer=footer))
     return made.getvalue()
 
 
@@ -84,7 +88,8 @@ class _Pages(Canvas):
 
     def __init__(self, *args: Any, footer: str, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._footer, self._states = footer, []
+        self._footer = footer
+        self._states: list[dict[str, Any]] = []
 
     def showPage(self) -> None:
         self._states.append(dict(self.__dict__))
@@ -95,8 +100,8 @@ class _Pages(Canvas):
             self.__dict__.update(state)
             self.setFont("Report", 7)
             self.setFillColor(HexColor(QUIET))
-            self.drawString(_MARGIN, 10 * mm, self._footer)
-            self.drawRightString(A4[0] - _MARGIN, 10 * mm, f"Page {self._pageNumber} of {len(self._states)}")
+            self.drawString(_MARGIN + _INSET, 10 * mm, self._footer)
+            self.drawRightString(A4[0] - _MARGIN - _INSET, 10 * mm, f"Page {self._pageNumber} of {len(self._states)}")
             super().showPage()
         super().save()
 
@@ -134,8 +139,7 @@ def _run(i: int, run: SensitivityRun) -> Iterator[Flowable]:
     yield _text(text.command(run), "code")
     without = left_out(run)
     rows, remark = text.top_rows(run)
-    yield _text("Ranking", "h2")
-    yield from _figures(run, ("sensitivity_distribution", "layer_comparison", "sensitivity_heatmap"), without)
+    yield from _figures(run, ("sensitivity_distribution", "layer_comparison", "sensitivity_heatmap"), without, "Ranking")
     if len(rows) > 1:
         yield _text(f"Top {len(rows) - 1} weights", "h2")
         yield _table(rows, (2,))
@@ -143,31 +147,28 @@ def _run(i: int, run: SensitivityRun) -> Iterator[Flowable]:
     for heading, part, table, names in _PARTS:
         if not run.stats.get(part):
             continue
-        yield _text(heading, "h2")
         if table:
+            yield _text(heading, "h2")
             rows = table(run.stats[part])
             yield _table(rows, _words(rows)) if len(rows) > 1 else _text("Nothing was found.")
             if part in _REMARKS:
                 yield _text(_REMARKS[part], "remark")
-        yield from _figures(run, names, without)
+        yield from _figures(run, names, without, "" if table else heading)
     notes = [*run.manifest["notes"], *(f"There is no figure {name}: {why}." for name, why in without.items())]
     if notes:
         yield _text("Notes on this run", "h2")
         yield from (_text(f"\u2022 {note}") for note in notes)
 
 
-def _figures(run: SensitivityRun, names: Sequence[str], without: dict[str, str]) -> Iterator[Flowable]:
+def _figures(run: SensitivityRun, names: Sequence[str], without: dict[str, str], heading: str = "") -> Iterator[Flowable]:
+    """heading: over the first figure, and never parted from it."""
     for name in names:
         if name in without:
             continue
-        picture = io.BytesIO()
-        with drawing():
-            made = PLOTS[name].draw(run)
-            save(made, picture, "png")
-            width, height = (72 * each for each in made.get_size_inches())
-        scale = min(1.0, _WIDTH / width)
-        image = Image(picture, width * scale, height * scale, hAlign="LEFT")
-        yield KeepTogether([Spacer(1, 4), image, _text(text.caption(run, name), "caption")])
+        figure = PlotOnPage(PLOTS[name].draw(run), _WIDTH, ("Report", "Report-Bold"))
+        above = [_text(heading, "h2")] if heading else [Spacer(1, 4)]
+        yield KeepTogether([*above, figure, _text(text.caption(run, name), "caption")])
+        heading = ""
 
 
 def _comparison(compared: dict[str, Any]) -> Iterator[Flowable]:
@@ -212,7 +213,8 @@ _STYLES = {
     "h2": _BASE | {"fontName": "Report-Bold", "fontSize": 9.5, "leading": 13, "spaceBefore": 9, "spaceAfter": 3, "keepWithNext": 1},
     "caption": _BASE | {"fontSize": 7, "leading": 9.5, "textColor": HexColor(QUIET), "spaceAfter": 6},
     "remark": _BASE | {"fontSize": 7, "leading": 9.5, "textColor": HexColor(QUIET), "spaceBefore": 3, "spaceAfter": 3},
-    "code": _BASE | {"fontName": "Report-Mono", "fontSize": 7, "leading": 10, "backColor": HexColor("#f1f3f6"), "borderPadding": 4, "spaceBefore": 4, "spaceAfter": 8},
+    "code": _BASE | {"fontName": "Report-Mono", "fontSize": 7, "leading": 10, "backColor": HexColor("#f1f3f6"), "borderPadding": 4, "leftIndent": 4, "rightIndent": 4,
+                     "spaceBefore": 4, "spaceAfter": 8},
     "cell": _BASE | {"fontSize": 7, "leading": 9, "spaceAfter": 0},
     "head": _BASE | {"fontName": "Report-Bold", "fontSize": 7, "leading": 9, "spaceAfter": 0},
 }  # fmt: skip
@@ -223,15 +225,16 @@ def _style(name: str, right: bool = False) -> ParagraphStyle:
     return ParagraphStyle(name, **_STYLES[name], **({"alignment": TA_RIGHT} if right else {}))
 
 
-def _text(words: str, style: str = "body", right: bool = False) -> Paragraph:
+def _text(words: str, style: str = "body", right: bool = False, limit: int = _LONGEST) -> Paragraph:
     """A paragraph of plain text: nothing in it is markup."""
-    return Paragraph(escape(printable(words, _CELL if style in ("cell", "head") else _LONGEST)), _style(style, right))
+    return Paragraph(escape(printable(words, limit)), _style(style, right))
 
 
 def _table(rows: text.Rows, left: Sequence[int], head: bool = True, widths: Sequence[float] | None = None, bold: Sequence[int] = ()) -> Table:
     """rows: the heading first, whatever `head` says. left: columns of words, the others are numbers. Wide ones share the page by what they hold."""
     body = rows if head else rows[1:]
-    cells = [[_text(each, "head" if (head and i == 0) or i in bold else "cell", at not in left) for at, each in enumerate(row)] for i, row in enumerate(body)]
+    limit = _LONGEST if widths else _CELL
+    cells = [[_text(each, "head" if (head and i == 0) or i in bold else "cell", at not in left, limit) for at, each in enumerate(row)] for i, row in enumerate(body)]
     made = Table(cells, colWidths=list(widths) if widths else _widths(body), repeatRows=int(head), hAlign="LEFT")
     rules = [("LINEBELOW", (0, 0), (-1, -1), 0.3, HexColor(LINE)), ("VALIGN", (0, 0), (-1, -1), "TOP"), ("LEFTPADDING", (0, 0), (-1, -1), 3),
              ("RIGHTPADDING", (0, 0), (-1, -1), 3), ("TOPPADDING", (0, 0), (-1, -1), 2), ("BOTTOMPADDING", (0, 0), (-1, -1), 2)]  # fmt: skip
@@ -242,15 +245,21 @@ def _table(rows: text.Rows, left: Sequence[int], head: bool = True, widths: Sequ
 
 
 def _widths(rows: text.Rows) -> list[float]:
-    """Every column as wide as its longest cell, its heading's longest word at least; what is too wide in all shrinks where there is most."""
+    """Every column as wide as its longest cell, its heading in two lines at least; what is too wide in all shrinks where there is most."""
     size = [max(pdfmetrics.stringWidth(printable(row[at], _CELL), "Report-Bold", 7) for row in rows[1:] or rows) for at in range(len(rows[0]))]
-    least = [max(pdfmetrics.stringWidth(word, "Report-Bold", 7) for word in (rows[0][at].split() or [""])) for at in range(len(rows[0]))]
+    least = [_two_lines(heading) for heading in rows[0]]
     found = [max(each, word) + 7 for each, word in zip(size, least, strict=True)]
     while sum(found) > _WIDTH:
         most = found.index(max(found))
         others = sorted(found)[-2] if len(found) > 1 else 0.0
         found[most] = max(found[most] - (sum(found) - _WIDTH), min(others, found[most] - 1), 12.0)
     return found
+
+
+def _two_lines(heading: str) -> float:
+    """The width at which a heading takes two lines at most."""
+    words, width = heading.split(), partial(pdfmetrics.stringWidth, fontName="Report-Bold", fontSize=7)
+    return min((max(width(" ".join(words[:at])), width(" ".join(words[at:]))) for at in range(1, len(words) + 1)), default=0.0)
 
 
 def _words(rows: text.Rows) -> tuple[int, ...]:

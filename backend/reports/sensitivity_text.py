@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from backend.reports.plot_style import printable
 from backend.reports.sensitivity_effects import SELECTIONS, number, operation
 from backend.reports.sensitivity_panels import SCORES
 from backend.reports.sensitivity_run import SensitivityRun
@@ -108,7 +109,7 @@ def caption(run: SensitivityRun, name: str) -> str:
          "stability_analysis": f"n = {len((run.stats.get('stability') or {'pairs': []})['pairs'])} pairs",
          "super_weights": f"n = {len((run.stats.get('super_weights') or {'candidates': []})['candidates'])} candidates"}  # fmt: skip
     windows = f"n = {text['n_windows']:,} windows, {text['n_tokens']:,} tokens"
-    return f"{run.label}. {CAPTIONS[name]} {n.get(name, windows)}."
+    return f"{printable(run.label)}. {CAPTIONS[name]} {n.get(name, windows)}."
 
 
 def facts(run: SensitivityRun) -> Rows:
@@ -158,7 +159,7 @@ def perturbation_rows(part: dict[str, Any]) -> Rows:
 def stability_rows(part: dict[str, Any]) -> Rows:
     ks = sorted({int(k) for pair in part["pairs"] for k in pair["jaccard"]})
     ks = ks if len(ks) <= 6 else [ks[round(i * (len(ks) - 1) / 5)] for i in range(6)]
-    rows = [["between", "a", "b", *(f"Jaccard, k = {k:,}" for k in ks), "Spearman"]]
+    rows = [["between", "a", "b", *(f"Jaccard, k={k:,}" for k in ks), "Spearman"]]
     for pair in part["pairs"][:PAIR_ROWS]:
         numbers = [*(pair["jaccard"].get(str(k)) for k in ks), pair["spearman"]]
         rows.append([pair["kind"], pair["a"], pair["b"], *(NONE if each is None else f"{each:.3f}" for each in numbers)])

@@ -37,7 +37,7 @@ def stability(ranking: Ranking, spec: Spec, windows: Windows, available: Sequenc
         pairs += [_pair("seed", a, b, ks) for a, b in combinations(seeds, 2)]
         if len(windows) > 1:
             halves = [(f"half {i + 1}", rank(spec.metric, windows[i::2], spec.seeds[0])) for i in range(2)]
-            pairs.append(_pair("sample", *halves, ks))
+            pairs.append(_pair("sample", halves[0], halves[1], ks))
         else:
             notes.append("The text is one window, which has no halves: stability across samples is not measured.")
     for metric in CHEAP:
