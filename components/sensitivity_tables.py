@@ -112,7 +112,8 @@ def overlap_table(found: Mapping[str, Any]) -> html.Div:
     """Every pair of rankings. found: `stability` of a run."""
     ks = [k for k in found["ks"]][-4:]
     head = [("Changed", ""), ("A", ""), ("B", ""), *((f"k = {k:,}", "Jaccard overlap of the two top-k") for k in ks), ("Spearman", "over the union of the kept weights")]
-    rows = [[KINDS[pair["kind"]].removeprefix("another "), pair["a"], pair["b"], *(number(pair["jaccard"].get(str(k)), ".3f") for k in ks), number(pair["spearman"], ".3f")] for pair in found["pairs"]]
+    rows = [[KINDS[pair["kind"]].removeprefix("another "), pair["a"], pair["b"], *(number(pair["jaccard"].get(str(k)), ".3f") for k in ks), number(pair["spearman"], ".3f")]
+            for pair in found["pairs"]]  # fmt: skip
     return _table(head, rows, 3)
 
 

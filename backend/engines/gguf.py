@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from backend.analysis.identities import tolerances
 from backend.engines import DEFAULT_CONTEXT, GRAPH_TOKENS, OnStep, OpenOptions, Request, Sampling, ShouldStop, Sink, Step, check_edits, check_request, never_stop
+from backend.engines.expert_inputs import FromNodes, OnRows, hidden_nodes
 from backend.engines.ggml import Tensor, check_layout, read
 from backend.engines.ggml_codes import code_bits
 from backend.engines.gguf_context import Context, Model
@@ -192,6 +193,11 @@ class GgufEngine:
     def code_bits(self, name: str) -> int:
         """See EditsWeights.code_bits."""
         return code_bits(type_of(self._weights.lazy(name)))
+
+    def expert_inputs(self, ids: list[int], layers: Sequence[int], on_rows: OnRows, should_stop: ShouldStop = never_stop) -> None:
+        """See ShowsExpertInputs."""
+        nodes = hidden_nodes(self.info, self.nodes(), layers)
+        self.run(ids, Request(("expert_indices",), tuple(layers), native=tuple(nodes)), FromNodes(nodes, on_rows), should_stop=should_stop)
 
     def close(self) -> None:
         """Free the context and the model."""
