@@ -39,6 +39,7 @@ def sensitivity_form(models: Sequence[ModelEntry], chosen: str | None) -> html.D
         [
             html.Div([set_button(name, "sens-preset", name, "chip") for name in presets(False)], className="chips", role="group", **{"aria-label": "Presets of the protocol"}),
             html.Div(grid, className="sens-fields"),
+            html.Div(id="sens-known"),
             html.Div([run, also, html.Div(id="sens-cost", className="estimate sens-cost", role="status")], className="form-foot"),
             html.Div(id="sens-refused"),
         ],

@@ -14,6 +14,7 @@ from backend.sensitivity_spec import GRADIENT_METRICS, METRICS, PERTURBATIONS
 from components.card import card
 from components.job_follow import follow_job
 from components.sensitivity_form import sensitivity_form
+from components.sensitivity_known import known_line
 from components.sensitivity_request import EXTRAS, FIELDS, cost_words, form_values, metric_options, presets, read_spec
 from components.services import services
 from components.states import error
@@ -48,14 +49,15 @@ def fill(preset: dict[str, Any] | None, model: str | None):
     return [no_update if name == "text" else value for name, value in zip(FIELDS, (form_values(spec)[name] for name in FIELDS), strict=True)]
 
 
-@callback(Output(FIELDS["metric"], "options"), Output(FIELDS["metric"], "value", allow_duplicate=True), Output(FIELDS["extras"], "options"), Input("sens-model", "value"),
+@callback(Output(FIELDS["metric"], "options"), Output(FIELDS["metric"], "value", allow_duplicate=True), Output(FIELDS["extras"], "options"),
+          Output("sens-known", "children"), Input("sens-model", "value"),
           State(FIELDS["metric"], "value"), prevent_initial_call="initial_duplicate")  # fmt: skip
 def offer(model: str | None, metric: str):
     """What the engine of the model can give; the rest is disabled and says why."""
     entry = _entry(model)
     kind = entry.kind if entry else "hf"
     extras = [{"label": words, "value": name, "disabled": kind == "gguf" and name == "gradient_flow"} for name, words in EXTRAS.items()]
-    return metric_options(kind), "wanda" if kind == "gguf" and metric in GRADIENT_METRICS else no_update, extras
+    return metric_options(kind), "wanda" if kind == "gguf" and metric in GRADIENT_METRICS else no_update, extras, known_line(entry)
 
 
 @callback(Output(FIELDS["scale"], "disabled"), Output(FIELDS["bit"], "disabled"), Output(FIELDS["probes"], "disabled"), Output("sens-formula", "children"),

@@ -94,17 +94,22 @@ def statistic_map(run: SensitivityRun, name: str) -> tuple[NDArray[np.float64], 
 
 
 def weight_link(run: SensitivityRun, row: Mapping[str, Any]) -> str:
-    """The address of the Weights page with this weight of the run's model in sight: the stored tensor, the region around it, the place itself.
+    """The address of a weight of the run's model, of a row with name, row, column and expert."""
+    return place_link(run.manifest["model"]["name"], row["name"], row["row"], row["column"], row["expert"])
+
+
+def place_link(model: str, name: str, row: int, column: int, expert: int | None = None) -> str:
+    """The address of the Weights page with a weight in sight: the stored tensor, the region around it, the place itself.
 
     Where the model is no longer on the shelf, or has no such weight, the page is opened at the model and says so.
     """
-    query: dict[str, Any] = {"model": run.manifest["model"]["name"]}
+    query: dict[str, Any] = {"model": model}
     try:
-        place = place_in_file(source(query["model"]).weights, row["name"], row["row"], row["column"], row["expert"])
+        place = place_in_file(source(model).weights, name, row, column, expert)
         around = ",".join(f"{max(at - _AROUND, 0)}-{at + _AROUND + 1}" for at in (place.row, place.column))
         query |= {"tensor": place.tensor, "zoom": around, "mark": f"{place.row},{place.column}"} | ({"index": place.matrix} if place.matrix else {})
     except (LayerscopeError, OSError):
-        query |= {"tensor": row["name"]}
+        query |= {"tensor": name}
     return f"/weights?{urlencode(query)}"
 
 

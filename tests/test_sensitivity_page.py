@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import math
@@ -27,6 +28,7 @@ from backend.weights import open_weights
 from components import sensitivity_cards, sensitivity_request
 from components.figures import sensitivity as figures
 from components.sensitivity_comparison import overlaps, profiles
+from components.sensitivity_known import known_line
 from components.sensitivity_request import FIELDS, cost_words, form_values, metric_options, presets, read_spec
 from components.sensitivity_tables import MOST_ROWS, compared_table, super_table, to_csv, top_csv, top_grid
 from components.sensitivity_values import distribution, not_measured, sentence, statistic_map, weight_link
@@ -105,6 +107,16 @@ def test_the_text_is_a_file_of_the_folder_of_texts_and_nothing_else(monkeypatch:
     for name in ("../secret.key", "other.txt", "/etc/passwd"):
         with pytest.raises(LayerscopeError, match="no file"):
             read_spec(entry(), values | {"text": name})
+
+
+def test_a_model_that_publications_name_says_its_super_weights():
+    llama = dataclasses.replace(entry("gguf").info, name="Meta-Llama-3-8B-Instruct-Q4_K_M", n_layers=32, d_model=4096, d_mlp=14336, d_vocab=128256, n_kv_heads=8)
+    with web_app().server.test_request_context("/"):
+        line = known_line(dataclasses.replace(entry("gguf", "llama.gguf"), info=llama))
+        assert text_of(line).startswith("Published super weights of Llama 3 8B: layer 1 [788, 2427], layer 1 [1384, 2427], layer 1 [4062, 2427].")
+        assert [each.href for each in parts(line) if getattr(each, "href", "")][0] == "/weights?model=llama.gguf&tensor=blocks.1.mlp.W_out"  # no such file here
+        assert "of which only the shape fits" in text_of(known_line(dataclasses.replace(entry(), info=dataclasses.replace(llama, name="mine"))))
+        assert known_line(entry()) is None and known_line(None) is None
 
 
 def test_the_cost_counts_the_runs_over_the_text():
