@@ -228,7 +228,7 @@ class GgufEngine:
         self._watch.record(self._nodes)
         context.decode(ids, 0, all_outputs=True)
         self._watch.rest()
-        places = find_places(self._table, self._nodes)
+        places = find_places(self._table, self._nodes, self._factor(header, self._table.residual_scale) or 1.0)
         if self._table is GENERIC:
             return self._probed(fitting(places, self._nodes, self.info, len(ids)), ids, header)
         embed = places.get(("embed", None))
@@ -246,9 +246,13 @@ class GgufEngine:
 
     def _by_row(self, header: GgufHeader) -> Unembedding:
         """The way from the residual stream to logits that the row of the table says."""
-        divisor, softcap = (float(header.metadata.get(f"{self.info.architecture}.{key}", 0.0)) for key in (self._table.logit_divisor, self._table.logit_softcap))
-        bias = self._weights["ln_final.b"] if "ln_final.b" in self._weights else None
-        return Unembedding(self._table.norm, self.info.norm_eps, self._weights["ln_final.w"], bias, self._weights.lazy("unembed.W_U"), None, divisor or 1.0, softcap)
+        divisor, softcap = (self._factor(header, key) for key in (self._table.logit_divisor, self._table.logit_softcap))
+        bias, w_u_bias = (self._weights[name] if name in self._weights else None for name in ("ln_final.b", "unembed.b_U"))
+        return Unembedding(self._table.norm, self.info.norm_eps, self._weights["ln_final.w"], bias, self._weights.lazy("unembed.W_U"), w_u_bias, divisor or 1.0, softcap)
+
+    def _factor(self, header: GgufHeader, key: str) -> float:
+        """A number of the file by its key without the architecture; 0 where it has none, or the row names no key."""
+        return float(header.metadata.get(f"{self.info.architecture}.{key}", 0.0)) if key else 0.0
 
     def _probed(self, places: dict[Where, Place], ids: list[int], header: GgufHeader) -> dict[Where, Place]:
         """Of `places`, by name and size, those that hold what they promise; finds the way to logits as well, where it can be found."""
