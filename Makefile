@@ -18,8 +18,9 @@ lint: $(VENV)/.installed-dev  ## ruff
 types: $(VENV)/.installed-dev  ## mypy
 	$(VENV)/bin/mypy
 
+# Two at a time, a file each: most tests keep one core busy. Each process computes with one thread.
 unit: $(VENV)/.installed-dev  ## pytest, the browser tests included
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile
 
 faults: $(VENV)/.installed-dev  ## long fault-injection runs
 	$(PY) -m pytest -m faults

@@ -19,6 +19,7 @@
     const nearest = (places, at) => { let best = 0; for (let i = 1; i < places.length; i++) if (Math.abs(places[i] - at) < Math.abs(places[best] - at)) best = i; return best; };
 
     window.addEventListener("scroll", hide, { passive: true, capture: true });
+    window.layerscope = Object.assign(window.layerscope || {}, { tip: { show, hide, plain } });
 
     window.dash_clientside = window.dash_clientside || {};
     window.dash_clientside.layerscope = Object.assign(window.dash_clientside.layerscope || {}, {

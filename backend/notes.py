@@ -7,12 +7,24 @@ from backend.model_info import ModelInfo
 # By llama.cpp's and transformers' names: transformers applies the sliding window of such a model, llama.cpp (of llama-cpp-python 0.3.36)
 # does not: it switches phi3's off and has none for the others.
 _WINDOW_IGNORED_BY_LLAMA_CPP = frozenset((
-    "llama", "mistral", "mixtral", "phi3", "qwen2", "qwen2moe", "qwen2_moe", "qwen3", "qwen3moe", "qwen3_moe", "smollm3", "starcoder2",
+    "llama", "mistral", "mixtral", "phi3", "phimoe", "qwen2", "qwen2moe", "qwen2_moe", "qwen3", "qwen3moe", "qwen3_moe", "smollm3", "starcoder2",
 ))  # fmt: skip
+
+
+# What llama.cpp (of llama-cpp-python 0.3.36) computes otherwise than the model's makers, of every prompt; tests/test_phimoe.py holds it.
+_ANOTHER_MODEL_IN_LLAMA_CPP = {
+    "phimoe": "llama.cpp runs {} with RMS norms and with expert weights that sum to 1, where its makers have LayerNorm and sparsemixer's weights, "
+              "which sum to up to 2: what is shown is what llama.cpp computes, and differs from the Hugging Face model.",
+}  # fmt: skip
 
 
 def notes(info: ModelInfo, n_tokens: int) -> list[str]:
     """One sentence for each thing that makes a run of `n_tokens` differ between the engines by more than rounding."""
+    departs = _ANOTHER_MODEL_IN_LLAMA_CPP.get(info.architecture) if info.engine == "gguf" else None
+    return [*([departs.format(info.name)] if departs else []), *_window_notes(info, n_tokens)]
+
+
+def _window_notes(info: ModelInfo, n_tokens: int) -> list[str]:
     window = info.sliding_window
     if not window or n_tokens <= window or info.architecture not in _WINDOW_IGNORED_BY_LLAMA_CPP:
         return []

@@ -35,6 +35,8 @@ def open_readout(path: str | Path) -> Readout:
     names = ("ln_final.w", "unembed.W_U")
     if any(name not in weights for name in names):
         raise LayerscopeError(f"{weights.info.name} ({weights.info.architecture[:40]}) has no row in Layerscope's tables, so its final norm and W_U are not known by name.")
+    if "unembed.b_U" in weights:
+        raise LayerscopeError(f"{weights.info.name} ({weights.info.architecture[:40]}) adds a bias to its logits, so they are not a sum over the parts of the residual stream.")
     norm, multiplier, softcap, attn_multiplier = _folder(path, weights) if path.is_dir() else _gguf(path, weights)
     bias = weights["ln_final.b"] if "ln_final.b" in weights else None
     return Readout(weights, Ending(norm, weights.info.norm_eps, weights["ln_final.w"], bias, multiplier, softcap), attn_multiplier)

@@ -67,6 +67,10 @@ _TABLE = (
     Site("expert_indices", ("pos", "k"), "Experts chosen for each token, best first.", "mlp.hook_expert_indices", ("ffn_moe_topk",), dtype="int", moe=True),
     Site("expert_weights", ("pos", "k"), "Weights that the chosen experts' outputs are summed with.", "mlp.hook_expert_weights",
          ("ffn_moe_weights", "ffn_moe_weights_norm"), moe=True),
+    Site("expert_out", ("pos", "k", "d_model"), "What each chosen expert adds to the residual stream, best first: its output times its weight.", "mlp.hook_expert_out",
+         ("ffn_moe_weighted",), moe=True),
+    Site("shared_expert_out", _RESID, "What the shared expert, which every token goes through, adds to the residual stream; times its gate where it has one.",
+         "mlp.hook_shared_expert_out", ("ffn_shexp_out", "ffn_shexp"), moe=True),
     Site("ln_final_out", _RESID, "Output of the final norm, gain included.", "ln_final.hook_out", ("result_norm",), per_layer=False),
     Site("logits", ("pos", "d_vocab"), "Next-token logits.", "unembed.hook_out", ("result_output",), per_layer=False),
 )

@@ -135,8 +135,8 @@ class Trace:
             raise LayerscopeError(f"Site {name!r} has one array a layer; ask for trace[{name!r}, layer].")
         return self._read(name, layer if SITES[name].per_layer else None)
 
-    def position(self, site: str, layer: int | None, at: int) -> NDArray[np.float32]:
-        """A site's values at one position, without the axis pos; the others are not converted. Not for attention maps."""
+    def position(self, site: str, layer: int | None, at: int | slice) -> NDArray[np.float32]:
+        """A site's values at one position, without the axis pos, or at a slice of them; the others are not converted. Not for attention maps."""
         if self._is_stored(site, layer):
             return np.asarray(self._dataset(site, layer)[at], dtype=np.float32)
         return np.asarray(self._read(site, layer)[at], dtype=np.float32)

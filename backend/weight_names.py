@@ -21,6 +21,7 @@ class Stored:
     """A weight inside a stored tensor.
 
     section     which rows of a fused tensor: Q, K, V of [Q; K; V], gate, in of [gate; in], UK, UV as `section_rows` has them; empty: all
+    half        0 or 1: the first or second half of each expert's rows, where its two matrices of the input lie fused
     step        (i, n): every n-th column from the i-th, of matrices that lie interleaved; empty: all
     transposed  stored (in, out)
     flat        stored (head, out, in), and here (head out, in)
@@ -29,6 +30,7 @@ class Stored:
 
     name: str
     section: str = ""
+    half: int | None = None
     step: tuple[int, int] | tuple[()] = ()
     transposed: bool = False
     flat: bool = False
@@ -118,6 +120,8 @@ GGUF_NAMES: Mapping[str, Names] = {
     "starcoder2": {**_without(_GGUF_DENSE, "gate"), **_GGUF_NORM_BIASES},
     "stablelm": {**_GGUF_DENSE, **_GGUF_NORM_BIASES, **_GGUF_QK_NORM},
     "granite": _GGUF_DENSE,
+    "granitemoe": {**_GGUF_ENDS, **_GGUF_BLOCK, **_GGUF_EXPERTS, **_GGUF_SHARED_EXPERT},
+    "phimoe": {**_GGUF_ENDS, **_GGUF_BLOCK, **_GGUF_NORM_BIASES, **_GGUF_EXPERTS, "unembed.b_U": "output.bias"},
     "gpt-oss": {
         **_GGUF_ENDS,
         **_GGUF_BLOCK,
@@ -142,7 +146,7 @@ GGUF_NAMES: Mapping[str, Names] = {
 }
 
 # GGUF architectures whose converter reorders the rows of W_Q and W_K, from RoPE pairs (i, i + d_head/2) to (2i, 2i + 1).
-ROTARY_INTERLEAVED = frozenset({"llama", "smollm3", "granite"})
+ROTARY_INTERLEAVED = frozenset({"llama", "smollm3", "granite", "granitemoe"})
 
 _HF_BLOCK = {
     "blocks.{}.ln1.w": "model.layers.{}.input_layernorm.weight",
@@ -187,6 +191,13 @@ _HF_PLAIN_MLP = {
     f"blocks.{{}}.mlp.{letter}_{ours}": f"model.layers.{{}}.mlp.{theirs}.{kind}"
     for letter, kind in (("W", "weight"), ("b", "bias"))
     for ours, theirs in (("in", "c_fc"), ("out", "c_proj"))
+}
+# Mixtral's names of its experts, as transformers 4 had them and checkpoints keep them.
+_HF_SPARSE_BLOCK = {
+    "blocks.{}.mlp.W_router": "model.layers.{}.block_sparse_moe.gate.weight",
+    "blocks.{}.mlp.experts.W_gate": "model.layers.{}.block_sparse_moe.experts.{e}.w1.weight",
+    "blocks.{}.mlp.experts.W_in": "model.layers.{}.block_sparse_moe.experts.{e}.w3.weight",
+    "blocks.{}.mlp.experts.W_out": "model.layers.{}.block_sparse_moe.experts.{e}.w2.weight",
 }
 _HF_GEMMA2_GAINS = {
     "blocks.{}.ln1.w": "model.layers.{}.input_layernorm.weight",
@@ -259,12 +270,13 @@ HF_NAMES: Mapping[str, Names] = {
     },
     "deepseek_v2": _HF_DEEPSEEK,
     "deepseek_v3": _HF_DEEPSEEK,
-    "mixtral": {
+    "mixtral": {**_HF_ENDS, **_HF_BLOCK, **_HF_SPARSE_BLOCK},
+    "phimoe": {**_HF_ENDS, **_HF_BLOCK, **_HF_NORM_BIASES, **_HF_SPARSE_BLOCK, "unembed.b_U": "lm_head.bias"},
+    "granitemoe": {
         **_HF_ENDS,
         **_HF_BLOCK,
-        "blocks.{}.mlp.W_router": "model.layers.{}.block_sparse_moe.gate.weight",
-        "blocks.{}.mlp.experts.W_gate": "model.layers.{}.block_sparse_moe.experts.{e}.w1.weight",
-        "blocks.{}.mlp.experts.W_in": "model.layers.{}.block_sparse_moe.experts.{e}.w3.weight",
-        "blocks.{}.mlp.experts.W_out": "model.layers.{}.block_sparse_moe.experts.{e}.w2.weight",
+        "blocks.{}.mlp.W_router": "model.layers.{}.block_sparse_moe.router.layer.weight",
+        **{f"blocks.{{}}.mlp.experts.W_{x}": Stored("model.layers.{}.block_sparse_moe.input_linear.weight", half=i) for i, x in enumerate(("gate", "in"))},
+        "blocks.{}.mlp.experts.W_out": "model.layers.{}.block_sparse_moe.output_linear.weight",
     },
 }

@@ -147,6 +147,24 @@ class EveryNth:
         return self.stored.places(rows, i + n * columns)
 
 
+@dataclass(frozen=True)
+class Half:
+    """The first or second `n_rows` of every 2 n_rows rows, for experts whose two matrices of the input lie fused, expert after expert."""
+
+    stored: Rows
+    n_rows: int
+    half: int
+
+    def read(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        return self.stored.read(self._stored_rows(rows))
+
+    def places(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self.stored.places(self._stored_rows(rows), columns)
+
+    def _stored_rows(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return (2 * (rows // self.n_rows) + self.half) * self.n_rows + rows % self.n_rows
+
+
 def _read_exactly(descriptor: int, path: Path, offset: int, n: int) -> bytes:
     chunks: list[bytes] = []
     while n:

@@ -36,7 +36,7 @@ from backend.files.hf_config import check_folder
 from backend.files.safetensors_header import TensorEntry
 from backend.model_info import ModelInfo
 from backend.weight_names import EACH, GGUF_NAMES, HF_NAMES, ROTARY_INTERLEAVED, Names, Stored, section_rows
-from backend.weight_rows import Columns, EveryNth, FileRows, Rows, StackedRows
+from backend.weight_rows import Columns, EveryNth, FileRows, Half, Rows, StackedRows
 
 # Values read at a time where a tensor is read from end to end: few enough that they and their double-precision copies stay near the cores.
 PIECE = 1 << 17
@@ -224,6 +224,8 @@ def _canonical(name: str, weight: Weight, stored: Stored, info: ModelInfo) -> We
         shape, rows, nbytes = (*shape[:-1], len(range(i, shape[-1], n))), EveryNth(rows, stored.step), nbytes // n
     if stored.transposed:
         shape, rows = (*shape[:-2], shape[-1], shape[-2]), Columns(rows, shape[-2], shape[-1])
+    if stored.half is not None:
+        shape, rows, nbytes = (*shape[:-2], shape[-2] // 2, shape[-1]), Half(rows, shape[-2] // 2, stored.half), nbytes // 2
     if stored.flat:
         shape = (math.prod(shape[:-1]), shape[-1])
     if not stored.section:
@@ -268,7 +270,7 @@ def _by_layer(names: Names, n_layers: int) -> Iterator[tuple[str, Stored]]:
         for name, stored in every.items():
             if name.startswith("blocks."):
                 yield name.replace("{}", str(layer)), replace(stored, name=stored.name.replace("{}", str(layer)))
-    for name in ("ln_final.w", "ln_final.b", "unembed.W_U"):
+    for name in ("ln_final.w", "ln_final.b", "unembed.W_U", "unembed.b_U"):
         if name in every:
             yield name, every[name]
 

@@ -67,7 +67,7 @@ def section() -> Section:
     library = Library.from_settings(settings)
     for name, layers, heads, tokens in (WIDE, LONG):
         library.add(write_trace(settings.traces_dir, name, layers, heads, tokens, LONG_HEADS if (name, layers, heads, tokens) == LONG else None))
-    with _server(data) as server, sync_playwright() as playwright:
+    with started_server(data) as server, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1440, "height": 1000})
         page.goto(server.address)
@@ -144,7 +144,7 @@ def _resident(pid: int, row: str) -> int:
 
 
 @contextmanager
-def _server(data: Path) -> Iterator[_Server]:
+def started_server(data: Path) -> Iterator[_Server]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -15,6 +15,10 @@ from dash.development.base_component import Component
 _NAMES = {"className": "class", "tabIndex": "tabindex", "colSpan": "colspan", "htmlFor": "for"}
 
 
+class Drawn(list[Any]):
+    """Elements in the form of `elements`, made without Dash's components where there are thousands of them."""
+
+
 def drawing(id: str, content: Any = None) -> dcc.Store:
     """The store whose elements are drawn into the component `id`, which stands on the page, empty. A callback writes `elements(...)` into its `data`.
 
@@ -38,6 +42,8 @@ def elements(content: Any) -> list[Any]:
     """
     if content is None:
         return []
+    if isinstance(content, Drawn):
+        return list(content)
     if isinstance(content, (list, tuple)):
         return [part for item in content for part in elements(item)]
     if not isinstance(content, Component):

@@ -7,7 +7,7 @@ from dash import html
 ICONS = (
     "house", "library", "activity", "scan-text", "grid-3x3", "audio-waveform", "layers", "sun-moon", "download", "link", "check",
     "triangle-alert", "info", "expand", "x", "play", "trash-2", "search", "cpu", "circle-dashed", "arrow-right", "file-question-mark", "sparkles",
-    "workflow", "blocks", "weight", "scale",
+    "workflow", "blocks", "weight", "scale", "crosshair",
 )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from components.services import services
 SHOWN_AFTER_END_S = 12.0
 FAST_MS, SLOW_MS = 500, 2500
 # Pages that show their jobs themselves, and the page that a run ends on.
-OWN_PANEL = ("/", "/jobs", "/trace", "/quantization", "/generate", "/batch")
+OWN_PANEL = ("/", "/jobs", "/trace", "/quantization", "/generate", "/batch", "/sensitivity")
 
 BADGES = {"queued": "plain", "running": "accent", "done": "ok", "failed": "bad", "cancelled": "warn", "timed_out": "bad", "crashed": "bad"}
 

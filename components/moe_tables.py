@@ -11,8 +11,7 @@ from dash import html
 from numpy.typing import NDArray
 
 from backend.analysis.moe import Routing
-from backend.reports.routing import LayerComparison, overall
-from backend.trace import Trace
+from backend.reports.routing import LayerComparison
 from components.figures.moe import choices, expert_colours
 
 TOKENS_SHOWN = 100
@@ -75,18 +74,17 @@ def alike_table(found: Sequence[LayerComparison], chosen: int) -> html.Table:
         first = [_number(change.share, ".1%"), _number(float(change.first.mean()), ".1%"), _number(change.slots, ".1%")] if change else ["–"] * 3
         cells = [*first, _number(alike.cosine, ".4f"), _number(alike.pearson, ".4f"), _number(alike.jensen_shannon, ".4f")]
         rows.append(html.Tr([html.Td(each.layer), *(html.Td(cell, className="num") for cell in cells)], className="chosen" if each.layer == chosen else ""))
-    return html.Table([html.Thead(head), html.Tbody(rows)], className="ls-table")
+    return html.Table([html.Thead(head), html.Tbody([_all_layers(found), *rows])], className="ls-table")
 
 
-def compared_words(trace: Trace, other: Trace, found: Sequence[LayerComparison]) -> str:
-    """The comparison in one sentence."""
-    share = overall(found)
-    mean = float(np.nanmean([each.alike.cosine for each in found]))
-    names = f"{trace.info.name} and {other.info.name}"
-    if share is None:
-        return f"Different tokens: the loads of {names} have a mean cosine of {mean:.3f} over {len(found)} layers."
-    any_layer = float(np.mean(np.any([each.change.sets for each in found if each.change is not None], axis=0)))
-    return f"{names} chose other experts for {share:.1%} of {trace.n_tokens:,} tokens × {len(found)} layers; {any_layer:.1%} of the tokens differ in some layer."
+def _all_layers(found: Sequence[LayerComparison]) -> html.Tr:
+    """The means over the layers."""
+    changes = [each.change for each in found if each.change is not None]
+    parts = [(change.share, float(change.first.mean()), change.slots) for change in changes]
+    first = [_number(float(np.mean(part)), ".1%") for part in zip(*parts, strict=True)] if parts else ["–"] * 3
+    alike = [[each.alike.cosine, each.alike.pearson, each.alike.jensen_shannon] for each in found]
+    means = [float(np.mean([value for value in part if not math.isnan(value)] or [math.nan])) for part in zip(*alike, strict=True)]
+    return html.Tr([html.Td("all, mean"), *(html.Td(cell, className="num") for cell in (*first, *(_number(value, ".4f") for value in means)))], className="total")
 
 
 def _number(value: float | None, form: str) -> str:

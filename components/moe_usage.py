@@ -11,18 +11,21 @@ from backend.analysis.moe_compare import within_between
 from backend.reports.expert_usage import Usage
 from backend.trace import Trace
 from components.card import card
-from components.figures.moe import usage_heatmap
+from components.figures.moe_alike import alike_heatmap, usage_heatmap
 from components.graph import graph, graph_tools
 from components.job_follow import follow_job
 from components.services import services
+from components.token_label import token_label
 from components.trace_view import one_line, short_date
 
-VIEWS = {"category": "By category", "time": "Over time"}
+ALIKE = {"cosine": "cosine", "pearson": "Pearson correlation", "jensen_shannon": "Jensen-Shannon divergence, nats"}
+VIEWS = {"category": "By category", "token": "By token", "time": "Over time", **{name: f"Categories: {words.split(',')[0]}" for name, words in ALIKE.items()}}
 MOST_TRACES = 2000  # that are read, the newest
 ROWS = 128  # traces that the picture over time shows, the newest
 ABOUT = (
     "How often each expert of the chosen layer was chosen, as a share of all choices, over every trace of this model that holds its chosen experts: together for each category "
-    "(domain specialisation, Muennighoff et al. 2024, OLMoE), or trace by trace, oldest first.",
+    "(domain specialisation, Muennighoff et al. 2024, OLMoE), for the most frequent tokens of all traces (vocabulary specialisation), or trace by trace, oldest first. Or "
+    "categories against each other: cosine, Pearson correlation and Jensen-Shannon divergence of their loads in this layer; the hover gives the mean over all layers too.",
     "The sentence compares traces with each other: the mean Jensen-Shannon divergence (nats, at most ln 2) of the loads of the layer, over pairs of one category and over pairs of "
     "different ones. Where the second is larger, categories are routed apart.",
 )  # fmt: skip
@@ -36,7 +39,7 @@ def usage_card(trace: Trace, view: str) -> html.Section:
     button = html.Button("Read the traces", id="moe-usage-read", className="btn btn-primary", n_clicks=0)
     offer = html.Div([button, html.Span(f"{len(read_traces(trace)):,} traces of {trace.info.name} hold their chosen experts.")], id="moe-usage-offer", className="neuron-foot",
                      hidden=known)  # fmt: skip
-    shown = html.Div(graph("moe-usage", height=320), id="moe-usage-box", hidden=not known)
+    shown = html.Div(id="moe-usage-box", hidden=True)  # no graph in it yet: one that nobody sees is drawn all the same
     stores = [dcc.Store(id="moe-usage-job"), dcc.Store(id="moe-usage-ready")]
     return card("Over all traces", [*stores, offer, html.Div(id="moe-usage-progress", role="status"), shown], html.Span("", id="moe-usage-said"),
                 [pick, *graph_tools("moe-usage", "expert-usage")], list(ABOUT), className="wide")  # fmt: skip
@@ -69,22 +72,33 @@ def follow(job_id: str | None, _: Any, ready: str | None):
 
 
 @callback(
-    Output("moe-usage", "figure"), Output("moe-usage-said", "children"), Output("moe-usage-offer", "hidden"), Output("moe-usage-box", "hidden"),
+    Output("moe-usage-box", "children"), Output("moe-usage-said", "children"), Output("moe-usage-offer", "hidden"), Output("moe-usage-box", "hidden"),
     Input("moe-layer", "value"), Input("moe-usage-view", "value"), Input("moe-usage-ready", "data"), Input("theme", "data"), State("page-state", "data"),
 )  # fmt: skip
 def show(layer: int, view: str, _: Any, theme: str, page: dict[str, Any]):
     trace = services().library.open(page["trace"])
     found = usage(trace)
     if found is None:
-        return no_update, "Not read yet.", False, True
-    if view == "time":
+        return None, "Not read yet.", False, True
+    if view in ALIKE:
+        return graph("moe-usage", 320, _alike(found, layer, view, theme)), _words(found, layer), True, False
+    if view == "token":
+        counts = found.token_counts[:, layer]
+        names = [f"{token_label(text, max_length=16)} · {n:,}" for text, n in found.tokens]
+    elif view == "time":
         counts = found.counts[-ROWS:, layer]
         names = [f"{short_date(date)} · {one_line(prompt, 20)}" for date, prompt in zip(found.created_at[-ROWS:], found.prompts[-ROWS:], strict=True)]
         names = [f"{i + 1}. {name}" for i, name in enumerate(names, max(0, len(found.trace_ids) - ROWS))]
     else:
         categories, counts = found.by_category(layer)
         names = [one_line(each, 28) or "no category" for each in categories]
-    return usage_heatmap(counts, names, theme), _words(found, layer), True, False
+    return graph("moe-usage", max(320, 110 + 15 * min(len(names), 48)), usage_heatmap(counts, names, theme)), _words(found, layer), True, False
+
+
+def _alike(found: Usage, layer: int, measure: str, theme: str) -> Any:
+    names, here = found.alike(layer)
+    words = [one_line(each, 24) or "no category" for each in names]
+    return alike_heatmap(here[measure], found.alike(None)[1][measure], words, ALIKE[measure], theme)
 
 
 def _words(found: Usage, layer: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import unicodedata
 
 from backend.model_info import ModelInfo
@@ -9,6 +10,7 @@ from backend.model_info import ModelInfo
 _VISIBLE = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 
 
+@functools.lru_cache(maxsize=4096)
 def token_label(text: str, special: bool = False, max_length: int | None = None) -> str:
     """The display form of one token.
 

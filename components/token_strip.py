@@ -7,13 +7,14 @@ as long at a thousand tokens.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 from dash import html
 
 from backend.trace import Trace
-from components.drawn import drawing, draws
+from components.drawn import Drawn, drawing, draws
 from components.token_label import token_label
 
 METRICS = {"surprise": "surprise, nats", "entropy": "entropy, nats", "none": "no colour"}
@@ -25,7 +26,7 @@ FULL_SCALE = {"surprise": 8.0, "entropy": 6.0}
 def token_strip(trace: Trace, position: int) -> html.Div:
     """The sticky strip. Surprise is -log p of the token given those before it; entropy is that of the prediction made at the token."""
     surprise, entropy = surprises(trace), trace.entropy
-    tokens = [_token(trace, at, at == position, float(surprise[at]), float(entropy[at])) for at in range(trace.n_tokens)]
+    tokens = [_token(trace, at, at == position, s, e) for at, (s, e) in enumerate(zip(surprise.tolist(), entropy.tolist(), strict=True))]
     menu = html.Select(
         [html.Option(words, value=name) for name, words in METRICS.items()], id="strip-metric", className="strip-metric", title="Metric that colours the tokens"
     )
@@ -36,7 +37,7 @@ def token_strip(trace: Trace, position: int) -> html.Div:
         tabIndex=0,
         **{"data-metric": "surprise", "aria-label": "Tokens; the arrow keys choose a position"},
     )
-    return html.Div([menu, strip, drawing("token-strip", tokens)], className="strip")
+    return html.Div([menu, strip, drawing("token-strip", Drawn(tokens))], className="strip")
 
 
 draws("token-strip")
@@ -47,19 +48,20 @@ def surprises(trace: Trace) -> np.ndarray:
     return np.concatenate([[np.nan], -trace.next_logprobs[:-1]])
 
 
-def _token(trace: Trace, at: int, chosen: bool, surprise: float, entropy: float) -> html.Span:
+def _token(trace: Trace, at: int, chosen: bool, surprise: float, entropy: float) -> list[Any]:
     classes = ["tok", "chosen" if chosen else "", "generated" if at >= trace.n_prompt else "", "first-generated" if at == trace.n_prompt else ""]
     data: dict[str, Any] = {
+        "role": "option",
+        "class": " ".join(filter(None, classes)),
+        "style": {"--surprise": _level(surprise, "surprise"), "--entropy": _level(entropy, "entropy")},
         "data-pos": at,
         "data-id": trace.token_ids[at],
-        "data-surprise": "" if np.isnan(surprise) else f"{surprise:.3f}",
-        "data-entropy": "" if np.isnan(entropy) else f"{entropy:.3f}",
+        "data-surprise": "" if math.isnan(surprise) else f"{surprise:.3f}",
+        "data-entropy": "" if math.isnan(entropy) else f"{entropy:.3f}",
         "aria-selected": "true" if chosen else "false",
     }
-    style = {"--surprise": _level(surprise, "surprise"), "--entropy": _level(entropy, "entropy")}
-    label = token_label(trace.token_texts[at], at in trace.special)
-    return html.Span(label, className=" ".join(filter(None, classes)), style=style, role="option", **data)
+    return ["span", data, [token_label(trace.token_texts[at], at in trace.special)]]
 
 
 def _level(value: float, metric: str) -> str:
-    return "0%" if np.isnan(value) else f"{100 * min(max(value / FULL_SCALE[metric], 0.0), 1.0):.0f}%"
+    return "0%" if math.isnan(value) else f"{100 * min(max(value / FULL_SCALE[metric], 0.0), 1.0):.0f}%"

@@ -50,7 +50,7 @@ def choose(selected: Any, click: dict[str, Any] | None, jump: dict[str, str] | N
     return _opened(report, chosen)
 
 
-def _opened(report: WeightReport, number: int, mark: dict[str, int] | None = None, region: str = "", matrix: int = 0) -> tuple[Any, ...]:
+def _opened(report: WeightReport, number: int, mark: list[int] | None = None, region: str = "", matrix: int = 0) -> tuple[Any, ...]:
     """What `choose` writes. The picker gets its options and its value at once: a value that is not among its options would be dropped."""
     matrices = matrix_options(report.rows[number])
     return number, {"ids": [str(number)]}, mark, region, matrices, matrix, len(matrices) < 2
@@ -62,14 +62,14 @@ def _clicked(report: WeightReport, point: dict[str, Any]) -> int:
     return report.row(rows[0]["name"])[0] if rows else 0
 
 
-def _place_of(report: WeightReport, text: str) -> tuple[int, dict[str, int], str, int]:
+def _place_of(report: WeightReport, text: str) -> tuple[int, list[int], str, int]:
     """ "3, 788, 2427|blk.1.ffn_down_exps.weight": the tensor, the place to mark, a part of the matrix around it, the number of the matrix."""
     place, _, name = text.partition("|")
     number, row = report.row(name)
     at = [int(i) for i in place.split(",")]
     matrix = int(np.ravel_multi_index(at[:-2], row["shape"][:-2])) if len(at) > 2 else 0
     around = ",".join(f"{max(i - 24, 0)}-{i + 25}" for i in at[-2:])
-    return number, {"row": at[-2], "column": at[-1]}, around, matrix
+    return number, at[-2:], around, matrix
 
 
 def grid_of(report: WeightReport) -> tuple[list[int], list[str], dict[str, dict[int, list[dict[str, Any]]]]]:

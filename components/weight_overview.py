@@ -50,7 +50,7 @@ def report_cards(found: Source, report: WeightReport, asked: dict[str, Any]) -> 
     save = html.Button("CSV", id="weights-save", className="tool", title="Save all statistics as CSV")
     said = f"{len(report.rows):,} tensors. Click a column to sort by it, a row to look into the tensor."
     heatmap = graph("weights-stat", height=min(max(150 + 22 * n_layers, 330), 640), className="fill")
-    stores = {"weights-shown": found.entry.name, "weights-tensor": chosen, "weights-region": asked["zoom"] or "", "weights-name": None, "weights-mark": None,
+    stores = {"weights-shown": found.entry.name, "weights-tensor": chosen, "weights-region": asked["zoom"] or "", "weights-name": None, "weights-mark": asked["mark"],
               "weights-jump": None, "weights-detail-ready": None}  # fmt: skip
     return [
         *(dcc.Store(id=name, data=value) for name, value in stores.items()),
@@ -59,7 +59,8 @@ def report_cards(found: Source, report: WeightReport, asked: dict[str, Any]) -> 
             card("Tensors", tensor_grid(report, chosen), said, [search, save, full_screen_button()], list(ABOUT_TABLE), className="wide"),
             card("Layers and components", [_statistic_pickers(asked), heatmap], "Layers down, components across. Click a cell to look into its tensor.",
                  graph_tools("weights-stat", "weight-statistics"), list(ABOUT_STATISTIC), className="fill"),
-            card("Super-weight candidates", candidate_list(report), "The largest weights of every layer's W_out. Click a place to see it.", [], list(ABOUT_CANDIDATES)),
+            card("Super-weight candidates", candidate_list(report, found.entry.name), "The largest weights of every layer's W_out. Click a place to see it.", [],
+                 list(ABOUT_CANDIDATES)),
             *tensor_cards(report.rows[chosen], asked["counts"], asked["index"]),
         ),
         html.Div(id="weights-detail"),

@@ -158,6 +158,12 @@ def read_region(text: str | None, shape: tuple[int, int]) -> Region | None:
         return None
 
 
+def read_place(text: str | None) -> list[int] | None:
+    """ "788,2427" -> [row, column]; None for anything that is not one."""
+    parts = (text or "").split(",")
+    return [int(part) for part in parts] if len(parts) == 2 and all(part.isdecimal() and len(part) < 16 for part in parts) else None
+
+
 def clipped(region: tuple[float, float, float, float], shape: tuple[int, int]) -> Region | None:
     """Whole rows and columns that a zoom touches, inside the matrix and at least 4 each; None if that is all of it."""
     found: list[int] = []

@@ -6,10 +6,10 @@ import csv
 import io
 import math
 from typing import Any
+from urllib.parse import urlencode
 
-import dash
 import dash_ag_grid as dag
-from dash import html
+from dash import dcc, html
 
 from backend.analysis.weights import STATISTICS, super_weight_candidates
 from backend.reports.weight_results import WeightReport
@@ -86,7 +86,7 @@ def shape_text(row: dict[str, Any]) -> str:
     return " × ".join(f"{n:,}" for n in row["shape"])
 
 
-def candidate_list(report: WeightReport) -> Any:
+def candidate_list(report: WeightReport, model: str) -> Any:
     """The super-weight candidates of the model, farthest out first; one opens its tensor at its place (store `weights-jump`)."""
     found = super_weight_candidates(report.rows)[:SHOWN_CANDIDATES]
     if not found:
@@ -94,9 +94,8 @@ def candidate_list(report: WeightReport) -> Any:
     head = [html.Th("Layer"), html.Th("Component"), html.Th("Place"), *(html.Th(title, className="num") for title in ("Weight", "|w| / σ", "Rank in tensor"))]
     body = [_candidate(item) for item in found]
     table = html.Table([html.Thead(html.Tr(head)), html.Tbody(body)], className="ls-table")
-    more = "/sensitivity" in {page["path"] for page in dash.page_registry.values()}
-    link = html.P(dash.dcc.Link("Measure what the model loses without them", href="/sensitivity"), className="small") if more else None
-    return html.Div([html.Div(table, className="table-scroll table-fill"), link], className="candidates")
+    link = dcc.Link("Measure what the model loses without them", href=f"/sensitivity?{urlencode({'model': model})}")
+    return html.Div([html.Div(table, className="table-scroll table-fill"), html.P(link, className="small")], className="candidates")
 
 
 def _candidate(item: dict[str, Any]) -> html.Tr:

@@ -109,7 +109,7 @@ def _beside(report: WeightReport, row: dict[str, Any], log: bool, theme: str) ->
     Input("weights-tensor", "data"), Input("weights-index", "value"), Input("weights-region", "data"), Input("weights-mark", "data"), Input("theme", "data"),
     Input("weights-detail-ready", "data"), State("weights-page", "data"),
 )  # fmt: skip
-def show_matrix(chosen: int, index: int | None, zoom: str, mark: dict[str, int] | None, theme: str, _: Any, page: dict[str, Any]):
+def show_matrix(chosen: int, index: int | None, zoom: str, mark: list[int] | None, theme: str, _: Any, page: dict[str, Any]):
     found, report = reported(page["model"])
     row = report.rows[chosen]
     tensor = stored_tensor(found, row)
@@ -125,7 +125,7 @@ def show_matrix(chosen: int, index: int | None, zoom: str, mark: dict[str, int] 
     if seen is None:
         return no_figure(theme, "This matrix is large; its picture comes with its norms and singular values, below."), title, ""
     cells, edges = seen
-    figure = weight_map(cells, edges, robust_range(cells), axis_names(row), (mark["row"], mark["column"]) if mark else None, theme)
+    figure = weight_map(cells, edges, robust_range(cells), axis_names(row), (mark[0], mark[1]) if mark else None, theme)
     figure.update_layout(uirevision=f"{chosen} {index} {zoom}")
     return figure, title, _map_facts(matrix, region, edges)
 

@@ -21,7 +21,7 @@ from components.figures.weights import SCALES
 from components.services import services
 from components.url_state import as_choice, as_int, keep_url
 from components.weight_overview import report_cards
-from components.weight_source import Source, follow, report_missing, reported, source
+from components.weight_source import Source, follow, read_place, report_missing, reported, source
 
 dash.register_page(__name__, path="/weights", name="Weights", order=10, group="This model", icon="weight", description="Every tensor, and what its numbers look like")
 
@@ -29,7 +29,7 @@ SUBTITLE = "Every tensor, and what its numbers look like."
 
 
 def layout(model: str | None = None, tensor: str | None = None, stat: str | None = None, scale: str | None = None, counts: str | None = None, index: str | None = None,
-           zoom: str | None = None, **_: str) -> html.Div:  # fmt: skip
+           zoom: str | None = None, mark: str | None = None, **_: str) -> html.Div:  # fmt: skip
     usable = [entry.name for entry in services().library.models() if entry.error is None]
     if model is None and not usable:
         return _page(None, usable, [states.empty("No model found", "Put a .gguf file or a folder of safetensors into the models folder, then reload this page.")])
@@ -37,6 +37,7 @@ def layout(model: str | None = None, tensor: str | None = None, stat: str | None
     asked = {
         "tensor": tensor, "stat": as_choice(stat, list(STATISTICS), "std"), "scale": as_choice(scale, SCALES, "each"),
         "counts": as_choice(counts, ("linear", "log"), "linear"), "index": as_int(index, 0, 0, 1 << 20), "zoom": zoom,
+        "mark": read_place(mark),
     }  # fmt: skip
     try:
         found = source(name)
@@ -84,4 +85,5 @@ def show_read(job_id: str | None, page: dict[str, Any]):
 keep_url({
     "model": ("weights-shown", "data"), "tensor": ("weights-name", "data"), "stat": ("weights-stat-name", "value"), "scale": ("weights-scale", "value"),
     "counts": ("weights-counts", "value"), "index": ("weights-index", "value"), "zoom": ("weights-region", "data"),
+    "mark": ("weights-mark", "data"),
 })  # fmt: skip

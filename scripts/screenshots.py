@@ -21,6 +21,7 @@ RUN_PAGES = {
     "architecture": "/architecture",
     "graph": "/graph",
     "quantization": "/quantization",
+    "sensitivity": "/sensitivity",
 }
 TRACE_PAGES = {name: f"/{name}" for name in ("trace", "attention", "activations", "neurons", "lens", "logits", "attribution", "embeddings", "moe")}
 CHROMIUM = "/usr/bin/chromium"

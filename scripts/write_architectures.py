@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 from backend.engines import Engine, OpenOptions, open_engine  # noqa: E402
 from backend.files.hf_keys import ARCHITECTURES  # noqa: E402
 from backend.sites import SITES  # noqa: E402
+from tests.phimoe import as_in_llama_cpp  # noqa: E402
 from tests.test_engines_agree import IDS, KINDS, NMSE, nmse  # noqa: E402
 from tests.test_hf_engine import capture  # noqa: E402
 from tests.tiny_models import TinyModel, architecture_of, save_tiny  # noqa: E402
@@ -30,7 +31,8 @@ _INTRODUCTION = f"""# Architectures
 
 Every architecture below is complete in both engines: the same weights, as a Hugging Face folder in float32 and as an F32 GGUF file, give
 the same value at every site that exists in it, in every layer that has it, with the same edits too. The limit is a normalised mean
-squared error of {NMSE:g}, with llama.cpp's key/value cache in float32. The tables show the largest error over the layers of a tiny random model
+squared error of {NMSE:g}, with llama.cpp's key/value cache in float32. Of phimoe, which llama.cpp computes otherwise than its
+makers, they do so once llama.cpp's norms and expert weights are put into PyTorch: see below. The tables show the largest error over the layers of a tiny random model
 whose gains and biases are moved off their defaults. An empty cell: the architecture has no such site, and both engines refuse it by name.
 
 `tests/test_engines_agree.py` holds the limit, the identities of a transformer, causality, generation, weights by name and the edits for each
@@ -81,6 +83,13 @@ _LIMITS: Mapping[str, str] = {
     "starcoder2": _WINDOW,
     "stablelm, parallel": "as StableLM 2 12B: attention and MLP read the same norm and no block reads resid_mid; a norm of each head's queries and keys",
     "granite": "`result` is taken before the multiplier that follows W_O",
+    "granitemoe": "`result` is taken before the multiplier that follows W_O; `expert_out` and `mlp_out` include the multiplier that follows the experts' sum",
+    "phimoe": (
+        "**llama.cpp computes another model than its makers'**: RMS norms (gain and bias) where they have LayerNorm, and the chosen experts' weights renormalised "
+        "to sum to 1 where they have sparsemixer's, each expert's softmax over those that come close to it, which sum to up to 2. Each engine shows what it "
+        "computes, a capture of a GGUF file says so, and the numbers above are of PyTorch with those two replaced by llama.cpp's; so there is no other departure. "
+        f"With sparsemixer there are no router_probs in PyTorch. Direct logit attribution is refused: the logits have a bias; {_WINDOW}"
+    ),
     "gpt_oss": (
         f"{_WINDOWS}; attention sinks take part of each row, so that rows of the pattern sum to less than 1; the router's softmax runs over the chosen "
         "experts alone, so there are no router_probs; folders in MXFP4 are refused, GGUF files in MXFP4 are read. llama.cpp rounds the range of "
@@ -119,7 +128,7 @@ def limits_row(kind: str, gguf: Engine) -> str:
         layers = [layer for at, layer in sorted(gguf.places, key=str) if at == name]
         if not site.derived and not layers and (gguf.info.is_moe or not site.moe):
             absent.append(name)
-        elif site.per_layer and not site.derived and len(layers) < gguf.info.n_layers:
+        elif layers and site.per_layer and not site.derived and len(layers) < gguf.info.n_layers:
             absent.append(f"{name} ({'dense layers' if layers[0] == 0 else 'layers with experts'} only)")
     needed = [f"`{key}` = {value}" for key, value in ARCHITECTURES[architecture_of(kind)].requires]
     limits = _LIMITS.get(kind, "") + (f" (needed: {', '.join(needed)})" if needed else "")
@@ -134,6 +143,7 @@ def main() -> None:
         for kind in KINDS:
             tiny: TinyModel = save_tiny(kind, Path(folder) / kind)
             hf, gguf, gguf_f16 = open_engine(tiny.hf, _OPTIONS), open_engine(tiny.gguf, _OPTIONS), open_engine(tiny.gguf, replace(_OPTIONS, kv_cache="f16"))
+            as_in_llama_cpp(hf)
             held[kind], default[kind] = errors_between((hf, gguf)), errors_between((hf, gguf_f16))
             rows.append(limits_row(kind, gguf))
             for engine in (hf, gguf, gguf_f16):

@@ -49,11 +49,11 @@ CONFIGS: Mapping[str, dict[str, Any]] = {
         "mamba_d_state": 16, "mamba_dt_rank": 8, "tie_word_embeddings": False,
     },
     "opt": {**_SIZES, "ffn_dim": 96, "word_embed_proj_dim": 64, "do_layer_norm_before": True, "tie_word_embeddings": True},
-    "granitemoe": {
-        **_SIZES, "num_key_value_heads": 2, "intermediate_size": 48, "num_local_experts": 5, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5,
+    "granitemoeshared": {
+        **_SIZES, "num_key_value_heads": 2, "intermediate_size": 48, "shared_intermediate_size": 80, "num_local_experts": 5, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5,
         "attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.6, "logits_scaling": 2.5,
     },
-    "phimoe": {**_SIZES, "num_key_value_heads": 2, "intermediate_size": 48, "num_local_experts": 5, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5, "sliding_window": None},
+    "flex_olmo": {**_SIZES, "num_key_value_heads": 2, "intermediate_size": 48, "num_experts": 5, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5},
     "cohere2": {**_SIZES, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 96, "logit_scale": 0.25, "sliding_window": 8, "num_hidden_layers": 4},
     "nanochat": {**_SIZES, "num_key_value_heads": 2, "intermediate_size": 96, "final_logit_softcapping": 4.0},
     "gpt_bigcode": {**_IDS, "n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 1024, "n_inner": 96, "tie_word_embeddings": True},

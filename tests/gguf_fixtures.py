@@ -53,6 +53,15 @@ def _experts_apart(name: str, values: Array, config: Any) -> Mapping[str, Array]
     return {f"{part}.{kind}": array if bias else array.swapaxes(-1, -2) for part, array in parts.items()}
 
 
+def _gate_and_up_apart(name: str, values: Array, config: Any) -> Mapping[str, Array]:
+    """GraniteMoE keeps the two matrices of its experts' input as one, (expert, 2 out, in)."""
+    if not name.endswith("input_linear.weight"):
+        return {name: values}
+    gate, up = np.split(values, 2, axis=1)
+    stem = name.replace("block_sparse_moe.input_linear", "mlp.experts.{}_proj")
+    return {stem.format("gate"): gate, stem.format("up"): up}
+
+
 def _keys_and_values_apart(name: str, values: Array, config: Any) -> Mapping[str, Array]:
     """Latent attention: what makes keys, (head, in, out), and what makes values, (head, out, in)."""
     if name.endswith("e_score_correction_bias"):
@@ -76,6 +85,11 @@ class Row:
 
 _RMS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
 _EXPERTS = {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}
+_LOCAL_EXPERTS = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
+_GRANITE = {
+    **_RMS, "attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier", "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}  # fmt: skip
 _WINDOW = {"attention.sliding_window": "sliding_window"}
 _DEEPSEEK = {
     **_RMS, "leading_dense_block_count": "first_k_dense_replace", "attention.kv_lora_rank": "kv_lora_rank", "attention.key_length_mla": "qk_head_dim",
@@ -103,20 +117,14 @@ ROWS: Mapping[str, Row] = {
     "phi3": Row(gguf.MODEL_ARCH.PHI3, {**_RMS, **_WINDOW, "rope.scaling.original_context_length": "original_max_position_embeddings"}),
     "gpt2": Row(gguf.MODEL_ARCH.GPT2, {"attention.layer_norm_epsilon": "layer_norm_epsilon"}, _transposed),
     "starcoder2": Row(gguf.MODEL_ARCH.STARCODER2, {"attention.layer_norm_epsilon": "norm_epsilon"}),
-    "granite": Row(
-        gguf.MODEL_ARCH.GRANITE,
-        {
-            **_RMS, "attention.scale": "attention_multiplier", "embedding_scale": "embedding_multiplier",
-            "residual_scale": "residual_multiplier", "logit_scale": "logits_scaling",
-        },
-        _rotary_pairs,
-    ),
+    "granite": Row(gguf.MODEL_ARCH.GRANITE, _GRANITE, _rotary_pairs),
     "stablelm": Row(gguf.MODEL_ARCH.STABLELM, {"attention.layer_norm_epsilon": "layer_norm_eps", "use_parallel_residual": "use_parallel_residual"}),
+    "granitemoe": Row(gguf.MODEL_ARCH.GRANITE_MOE, {**_GRANITE, **_LOCAL_EXPERTS}, _rotary_pairs, _gate_and_up_apart),
+    "phimoe": Row(gguf.MODEL_ARCH.PHIMOE, {**_RMS, **_LOCAL_EXPERTS}),
     "gpt_oss": Row(
         gguf.MODEL_ARCH.GPT_OSS,
         {
-            **_RMS, **_WINDOW, "expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok",
-            "expert_feed_forward_length": "intermediate_size",
+            **_RMS, **_WINDOW, **_LOCAL_EXPERTS, "expert_feed_forward_length": "intermediate_size",
         },
         split=_experts_apart,
     ),

@@ -22,7 +22,10 @@ from backend.trace import Trace, open_trace
 from tests.tiny_models import TinyModel
 
 IDS = (0, 290, 284, 280, 306, 275, 31, 290, 77, 12)
-KINDS = ("llama", "gpt2", "gemma2", "gemma3_text", "olmo2", "phi3", "stablelm", "stablelm, parallel", "mixtral", "granite", "starcoder2", "qwen2_moe", "gpt_oss", "deepseek_v3")
+KINDS = (
+    "llama", "gpt2", "gemma2", "gemma3_text", "olmo2", "phi3", "stablelm", "stablelm, parallel", "mixtral", "granite", "granitemoe", "starcoder2", "qwen2_moe", "gpt_oss",
+    "deepseek_v3",
+)  # fmt: skip
 LIMIT = 1e-3  # of a logit, on float32 captures
 OPTIONS = OpenOptions(device="cpu", n_gpu_layers=0, kv_cache="f32", n_threads=1)
 

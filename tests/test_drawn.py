@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from dash import dcc, html
 
-from components.drawn import elements
+from components.drawn import Drawn, elements
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 
@@ -26,3 +26,8 @@ def test_a_component_that_is_no_element_is_refused():
 
 def test_empty_attributes_are_left_out_and_numbers_become_text():
     assert elements([html.Span(7, className="", title=None), None]) == [["span", {}, ["7"]]]
+
+
+def test_what_is_drawn_already_is_passed_on_as_it_is():
+    made = [["span", {"class": "tok"}, ["a"]], ["span", {}, ["b"]]]
+    assert elements(Drawn(made)) == made and elements([Drawn(made), "end"]) == [*made, "end"]

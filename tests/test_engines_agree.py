@@ -16,11 +16,12 @@ from backend.analysis.identities import Identities
 from backend.engines import Engine, OpenOptions, Piece, Request, Sampling, open_engine
 from backend.engines.gguf import GgufEngine
 from backend.engines.hf import HfEngine
-from backend.experiments.capture import _weight_or_none
+from backend.experiments.capture import _weight_or_none, layers_with_shared_expert
 from backend.files import hf_keys
 from backend.intervention import Intervention
 from backend.sites import SITES
 from backend.weights import open_weights
+from tests.phimoe import as_in_llama_cpp
 from tests.test_hf_engine import Values, capture, no_hooks
 from tests.tiny_models import TinyModel, architecture_of
 
@@ -30,7 +31,7 @@ NMSE = 1e-6  # llama.cpp's check-nmse.py calls this identical
 
 KINDS = (
     "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "olmo2", "olmoe", "gemma2", "gemma3_text", "phi3", "gpt2",
-    "starcoder2", "stablelm", "stablelm, parallel", "granite", "gpt_oss", "deepseek_v2", "deepseek_v3",
+    "starcoder2", "stablelm", "stablelm, parallel", "granite", "granitemoe", "phimoe", "gpt_oss", "deepseek_v2", "deepseek_v3",
 )  # fmt: skip
 
 
@@ -42,10 +43,11 @@ def plain(pair: tuple[Engine, Engine]) -> tuple[Values, Values]:
 
 @pytest.fixture(scope="module", params=KINDS)
 def pair(request: pytest.FixtureRequest, tiny_model: Callable[[str], TinyModel]) -> Iterator[tuple[Engine, Engine]]:
-    """(PyTorch, llama.cpp) on the same float32 weights, llama.cpp with a float32 key/value cache."""
+    """(PyTorch, llama.cpp) on the same float32 weights, llama.cpp with a float32 key/value cache; of phimoe with llama.cpp's norms and weights of experts."""
     tiny = tiny_model(request.param)
     options = OpenOptions(device="cpu", n_gpu_layers=0, kv_cache="f32", n_threads=1)
     engines = open_engine(tiny.hf, options), open_engine(tiny.gguf, options)
+    as_in_llama_cpp(engines[0])
     yield engines
     for engine in engines:
         engine.close()
@@ -90,9 +92,10 @@ def test_a_long_prompt_in_pieces_gives_the_same_value_too(pair: tuple[Engine, En
 def test_the_comparison_would_notice_a_wrong_layer_head_or_row(pair: tuple[Engine, Engine], plain: tuple[Values, Values]) -> None:
     """Negative controls: the neighbouring layer, transposed heads and a shifted position all exceed the limit by far."""
     values = plain[0]
-    for site in {"resid_post", "q", "k", "rot_k", "z", "attn_pattern"} & pair[0].sites:
-        assert nmse(values[site, 1], values[site, 0]) > 1e-3
-        assert nmse(np.flip(values[site, 1], axis=0 if site == "attn_pattern" else 1), values[site, 1]) > 1e-3
+    for site in {"resid_post", "q", "k", "rot_k", "z", "attn_pattern", "expert_out", "shared_expert_out"} & pair[0].sites:
+        last = pair[0].info.n_layers - 1
+        assert nmse(values[site, last], values[site, last - 1]) > 1e-3
+        assert nmse(np.flip(values[site, last], axis=0 if site == "attn_pattern" else 1), values[site, last]) > 1e-3
     assert nmse(np.roll(values["resid_post", 1], 1, axis=0), values["resid_post", 1]) > 1e-3
 
 
@@ -122,6 +125,8 @@ EDITS = [
     Intervention("router_logits", 1, "add", np.linspace(3, -3, 5)),
     Intervention("router_probs", 1, "scale", np.linspace(2, 0, 5)),
     Intervention("expert_weights", 0, "scale", 2.0, pos=5),
+    Intervention("expert_out", 1, "scale", -2.0, pos=(2, 6)),
+    Intervention("shared_expert_out", 1, "add", np.linspace(2, -1, 64), pos=4),
 ]
 
 
@@ -168,7 +173,7 @@ def recorded(engine: Engine) -> Stream:
 
 
 def report_on(engine: Engine, stream: Stream) -> dict[str, dict[str, Any]]:
-    checks = Identities(engine.info, _weight_or_none(engine), engine.unembed)
+    checks = Identities(engine.info, _weight_or_none(engine), engine.unembed, shared=layers_with_shared_expert(engine))
     for piece in stream:
         checks.add(piece.site, piece.layer, piece.values, piece.start)
     return checks.report()
@@ -189,6 +194,7 @@ def test_the_identities_of_a_transformer_hold_in_both_engines(pair: tuple[Engine
 def test_the_identities_notice_swapped_heads_shifted_layers_and_a_pattern_without_a_mask(pair: tuple[Engine, Engine]) -> None:
     for engine in pair:
         stream, last = recorded(engine), engine.info.n_layers - 1
+        report = report_on(engine, stream)
 
         def spoiled(site: str, spoil: Callable[[NDArray[Any]], NDArray[Any]], stream: Stream = stream) -> Stream:
             return [replace(piece, values=spoil(piece.values)) if piece.site == site else piece for piece in stream]
@@ -197,12 +203,18 @@ def test_the_identities_notice_swapped_heads_shifted_layers_and_a_pattern_withou
             by_layer = {piece.layer: piece.values for piece in stream if piece.site == site}
             return [replace(piece, values=by_layer[((piece.layer or 0) + 1) % (last + 1)]) if piece.site == site else piece for piece in stream]
 
-        if report_on(engine, stream)["attn_projection"]["checked"]:
+        if report["attn_projection"]["checked"]:
             assert failing(report_on(engine, spoiled("z", lambda z: z[:, ::-1]))) == {"attn_projection"}
             assert failing(report_on(engine, shifted("z"))) == {"attn_projection"}
         assert "pattern_causal" in failing(report_on(engine, spoiled("attn_pattern", lambda p: (p + 0.01) / (p + 0.01).sum(axis=-1, keepdims=True))))
         assert failing(report_on(engine, spoiled("attn_pattern", lambda p: p.swapaxes(1, 2)))) >= {"pattern_causal", "pattern_rows"}
         assert "unembed" in failing(report_on(engine, shifted("resid_post")))
+        if "expert_out" in engine.sites:
+            assert report["expert_sum"]["checked"] >= 2
+            assert failing(report_on(engine, spoiled("expert_out", lambda out: np.roll(out, 1, axis=0)))) == {"expert_sum"}
+            assert failing(report_on(engine, spoiled("expert_out", lambda out: out[:, :1]))) == {"expert_sum"}
+        if "shared_expert_out" in engine.sites:
+            assert failing(report_on(engine, spoiled("shared_expert_out", lambda out: 2 * out))) == {"expert_sum"}
         if "resid_mid" in engine.sites:
             assert failing(report_on(engine, shifted("resid_mid"))) >= {"attn_sum", "mlp_sum"}
             assert "attn_sum" in failing(report_on(engine, shifted("attn_out")))

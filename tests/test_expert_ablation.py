@@ -1,16 +1,21 @@
 """Masking experts in both engines: exactly the tokens that were routed to them change, and nobody is routed to them any more."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from scipy.special import log_softmax
 
+from backend.derived import Derived
 from backend.engines import OpenOptions, Request, never_stop, open_engine
 from backend.errors import LayerscopeError
-from backend.experiments.experts import sweep
+from backend.experiments import Context
+from backend.experiments.capture import CaptureSpec, capture
+from backend.experiments.experts import expert_sweep_job, sweep, sweep_over
 from backend.intervention import Intervention, ablate_experts
 
 PROMPT = "Mary gave the book to John, and John gave the key to Mary."
-KINDS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "deepseek_v2", "deepseek_v3")
+KINDS = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "phimoe", "gpt_oss", "deepseek_v2", "deepseek_v3")
 SITES = ("router_logits", "router_probs", "expert_indices", "expert_weights", "mlp_out", "logits")
 
 
@@ -42,9 +47,11 @@ def test_ablating_an_expert_changes_mlp_out_on_exactly_the_tokens_routed_to_it(t
             # another number of tokens in an expert's product rounds differently, by less than this
             changed = np.abs(cut["mlp_out", layer] - clean["mlp_out", layer]).max(axis=1) > 1e-5 * np.abs(clean["mlp_out", layer]).max()
             others = (np.sort(cut["expert_indices", layer]) != np.sort(chosen)).any(axis=1)
+            if (kind, form) == ("phimoe", "hf"):  # there an expert that was close to a chosen one had a share in its weight
+                others |= (np.abs(cut["expert_weights", layer] - clean["expert_weights", layer]) > 1e-6).any(axis=1)
             np.testing.assert_array_equal(changed, others)
             # groups of experts are chosen by their best two: a group may lose its place with an expert that the token had not chosen
-            assert (others >= routed).all() if kind == "deepseek_v3" else np.array_equal(others, routed)
+            assert (others >= routed).all() if kind == "deepseek_v3" or (kind, form) == ("phimoe", "hf") else np.array_equal(others, routed)
             assert not (cut["expert_indices", layer] == expert).any()
             site = "router_probs" if ("router_probs", layer) in engine.places else "router_logits"
             assert np.isneginf(cut[site, layer][:, expert]).all()
@@ -110,3 +117,24 @@ def test_a_sweep_of_a_dense_model_or_one_token_is_refused(tiny_llama, tiny_mixtr
                 sweep(engine, ids)
         finally:
             engine.close()
+
+
+def test_the_job_sweeps_over_several_traces_of_one_model(tiny_mixtral, tiny_llama, tmp_path):
+    engine = open_engine(tiny_mixtral.hf, OpenOptions())
+    dense = open_engine(tiny_llama.hf, OpenOptions())
+    paths = {name: capture(each, CaptureSpec(prompt=text, sites=("resid_post",)), tmp_path)
+             for name, each, text in (("a", engine, "Mary gave"), ("b", engine, "the book to John"), ("c", dense, "Mary"))}  # fmt: skip
+    derived = Derived(tmp_path / "cache")
+    context = Context(engine=lambda *_: engine, traces_dir=tmp_path, library=SimpleNamespace(path_of=paths.get), derived=derived)
+    try:
+        assert expert_sweep_job(context, {"trace_ids": ["a", "b"], "key": "two"}) == {"layers": [0, 1, 2]}
+        expected = sweep_over(engine, [engine.tokenize("Mary gave"), engine.tokenize("the book to John")])[1]
+        np.testing.assert_allclose(derived.get_array(("expert_sweep", "two")), expected, rtol=1e-5, atol=1e-7)
+        with pytest.raises(LayerscopeError, match="prompts of one model"):
+            expert_sweep_job(context, {"trace_ids": ["a", "c"], "key": "mixed"})
+        with pytest.raises(LayerscopeError, match="1 to 200 prompts, and 0"):
+            sweep_over(engine, [])
+    finally:
+        engine.close()
+        dense.close()
+        derived.close()

@@ -320,16 +320,16 @@ def info_of(tmp_path: Path, made: Callable[[str], Path], kind: str, **config: An
 
 
 def test_sizes_are_found_under_their_usual_names(made: Callable[[str], Path]) -> None:
-    sizes = {kind: hf_config.model_info(made(kind)) for kind in ("bloom", "mpt", "gpt_bigcode", "opt", "mamba", "falcon", "granitemoe")}
+    sizes = {kind: hf_config.model_info(made(kind)) for kind in ("bloom", "mpt", "gpt_bigcode", "opt", "mamba", "falcon", "granitemoeshared")}
     assert all(info.n_layers == 3 and info.d_model == 64 and info.d_vocab == 320 for info in sizes.values())
-    assert {kind: info.n_heads for kind, info in sizes.items()} == {"mamba": 0, **dict.fromkeys(("bloom", "mpt", "gpt_bigcode", "opt", "falcon", "granitemoe"), 4)}
-    assert {kind: info.d_mlp for kind, info in sizes.items()} == {"bloom": 256, "mpt": 256, "gpt_bigcode": 96, "opt": 96, "mamba": 128, "falcon": 256, "granitemoe": 48}
+    assert {kind: info.n_heads for kind, info in sizes.items()} == {"mamba": 0, **dict.fromkeys(("bloom", "mpt", "gpt_bigcode", "opt", "falcon", "granitemoeshared"), 4)}
+    assert {kind: info.d_mlp for kind, info in sizes.items()} == {"bloom": 256, "mpt": 256, "gpt_bigcode": 96, "opt": 96, "mamba": 128, "falcon": 256, "granitemoeshared": 48}
     assert (sizes["falcon"].n_kv_heads, sizes["mpt"].n_ctx, sizes["bloom"].n_ctx) == (2, 1024, hf_config.GENERIC_CONTEXT)
-    assert (sizes["granitemoe"].n_experts, sizes["granitemoe"].n_experts_used, sizes["mamba"].d_head) == (5, 2, 0)
+    assert (sizes["granitemoeshared"].n_experts, sizes["granitemoeshared"].n_experts_used, sizes["mamba"].d_head) == (5, 2, 0)
 
 
 def test_a_size_by_layer_counts_as_the_largest_and_a_dense_model_has_no_experts(made: Callable[[str], Path], tmp_path: Path) -> None:
-    info = info_of(tmp_path, made, "granitemoe", num_local_experts=0, num_key_value_heads=[1, 4, 2])
+    info = info_of(tmp_path, made, "granitemoeshared", num_local_experts=0, num_key_value_heads=[1, 4, 2])
     assert (info.n_experts, info.n_experts_used, info.n_kv_heads) == (0, 0, 4)
 
 

@@ -135,8 +135,9 @@ def test_the_fused_kernel_and_the_pattern_that_is_shown_give_the_same_logits(eng
 
 @pytest.mark.parametrize(
     "kind, changes",
-    [("gpt_oss", {}), ("deepseek_v3", {}), ("deepseek_v2", {}), ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2})],
-    ids=["sinks", "sigmoid and groups", "greedy", "groups"],
+    [("gpt_oss", {}), ("granitemoe", {}), ("phimoe", {}), ("deepseek_v3", {}), ("deepseek_v2", {}),
+     ("deepseek_v2", {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2})],
+    ids=["sinks", "softmax over the chosen", "sparsemixer", "sigmoid and groups", "greedy", "groups"],
 )
 def test_sinks_latent_attention_and_every_kind_of_router_leave_what_transformers_computes_to_the_bit(kind: str, changes: dict[str, Any], tmp_path: Path) -> None:
     tiny = save_tiny(kind, tmp_path / kind, **changes)
@@ -236,7 +237,7 @@ def test_sites_arrive_in_the_order_of_the_computation(engine: HfEngine) -> None:
     order: list[tuple[str, int | None]] = []
     engine.run(IDS, Request(tuple(engine.sites)), lambda piece: order.append((piece.site, piece.layer)))
     attention = "ln1_out q k v rot_q rot_k attn_scores attn_pattern z attn_out resid_mid ln2_out"
-    mlp = "router_logits router_probs expert_indices expert_weights" if engine.info.is_moe else "mlp_pre mlp_pre_linear mlp_post"
+    mlp = "router_logits router_probs expert_indices expert_weights expert_out" if engine.info.is_moe else "mlp_pre mlp_pre_linear mlp_post"
     block = f"{attention} {mlp} mlp_out resid_post".split()
     expected = [(site, layer) for layer in range(engine.info.n_layers) for site in block]
     assert order == [("embed", None), *expected, ("ln_final_out", None), ("logits", None)]

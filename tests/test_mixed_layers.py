@@ -32,6 +32,7 @@ def test_the_dense_layer_has_the_mlps_sites_and_the_others_the_routers(engine: E
     by_layer = [{site for site, at in engine.places if at == layer} for layer in range(3)]
     assert by_layer[0] & (MLP | ROUTER) == MLP
     assert by_layer[1] & (MLP | ROUTER) == by_layer[2] & (MLP | ROUTER) == ROUTER
+    assert [layer & {"expert_out", "shared_expert_out"} for layer in by_layer] == [set(), *2 * [{"expert_out", "shared_expert_out"}]]
     assert {"k", "v", "rot_q", "rot_k"} & engine.sites == set()
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from backend.analysis.moe import expert_counts
-from backend.analysis.moe_compare import within_between
+from backend.analysis.moe_compare import similarity, within_between
 from backend.engines import OpenOptions, Request, never_stop, open_engine
 from backend.errors import LayerscopeError, SiteNotCaptured
 from backend.experiments.capture import CaptureSpec, capture
 from backend.intervention import ablate_experts
-from backend.reports.expert_usage import find_usage
+from backend.reports.expert_usage import Usage, find_usage, frequent_tokens
 from backend.reports.routing import compare, comparison_report, overall, routing_report
 from backend.trace import open_trace
 
@@ -89,24 +89,41 @@ def test_usage_over_traces_adds_up_by_category_and_stays_apart_by_trace(traces, 
     from backend.derived import Derived
 
     asked = [traces[name] for name in ("other", "plain", "narrow", "cut")]
-    found = find_usage(asked)
+    found = find_usage(asked, frequent_tokens(asked))
     assert found.trace_ids == [each.id for each in sorted((traces["other"], traces["plain"], traces["cut"]), key=lambda each: each.created_at)]
     at = found.trace_ids.index(traces["plain"].id)
     for layer in range(3):
         np.testing.assert_array_equal(found.counts[at, layer], traces["plain"].routing(layer).counts)
     names, together = found.by_category(1)
     assert names == [""] and together.sum() == 2 * sum(found.n_tokens)
+    held = [traces["other"], traces["plain"], traces["cut"]]
+    for row, (text, n) in enumerate(found.tokens[:5]):
+        where = [np.array(each.token_texts) == text for each in held]
+        assert n == sum(each.sum() for each in where)
+        by_hand = sum(expert_counts(each.routing(2).indices[rows], 5) for each, rows in zip(held, where, strict=True))
+        np.testing.assert_array_equal(found.token_counts[row, 2], by_hand)
     derived = Derived(tmp_path)
     key = found.key("tiny", found.trace_ids)
     assert found.load(derived, key) is None
     found.save(derived, key)
     again = found.load(derived, key)
     np.testing.assert_array_equal(again.counts, found.counts)
+    np.testing.assert_array_equal(again.token_counts, found.token_counts)
+    assert again.tokens == found.tokens
     assert (again.trace_ids, again.categories, again.prompts, again.created_at, again.n_tokens) == (
         found.trace_ids, found.categories, found.prompts, found.created_at, found.n_tokens)  # fmt: skip
     derived.close()
     with pytest.raises(LayerscopeError, match="No trace of this model"):
         find_usage([traces["narrow"]])
+
+
+def test_categories_are_compared_in_one_layer_and_over_all():
+    counts = np.array([[[4, 0], [1, 1]], [[0, 4], [1, 1]], [[0, 0], [0, 4]]])  # (trace, layer, expert)
+    found = Usage(["1", "2", "3"], ["a", "b", "a"], [""] * 3, [""] * 3, [4] * 3, counts, [], np.zeros((0, 2, 2), np.int64))
+    names, first = found.alike(0)
+    assert names == ["a", "b"] and first["cosine"].tolist() == [[1, 0], [0, 1]] and first["jensen_shannon"][0, 1] == pytest.approx(np.log(2))
+    second = similarity([1, 5], [1, 1]).cosine
+    assert found.alike(None)[1]["cosine"][0, 1] == pytest.approx((0 + second) / 2)
 
 
 def test_categories_of_prompts_differ_in_routing_more_between_than_within():

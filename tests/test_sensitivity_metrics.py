@@ -3,6 +3,7 @@ both engines agree on what both can give; a ranking is a full sort of the scores
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -221,26 +222,64 @@ def test_wanda_and_obs_are_those_of_the_inputs_that_hooks_collect(kind: str, tin
         assert close(obs[name], explicit_obs(weight, x[name]), rtol=1e-3), name
 
 
+def routed(folder: Path) -> tuple[Any, dict[int, NDArray[np.float32]], dict[int, NDArray[np.int64]]]:
+    """(the model, layer with experts -> (token, d_model) what they read, layer -> (token, k) the experts that each token chose), by plain hooks."""
+    model, seen = plain(folder), {}  # type: Any, dict[int, list[tuple[Any, Any]]]
+    for layer in range(3):
+        with contextlib.suppress(AttributeError):
+            experts = model.get_submodule(f"model.layers.{layer}.mlp.experts")
+            experts.register_forward_pre_hook(lambda _, args, layer=layer: seen.setdefault(layer, []).append((args[0].reshape(-1, 64), args[1])))
+    with torch.no_grad():
+        for window in WINDOWS:
+            model(input_ids=torch.tensor([window]), use_cache=False)
+    parts = {layer: [np.concatenate([np.asarray(part) for part in each]) for each in zip(*pairs, strict=True)] for layer, pairs in seen.items()}
+    return model, {layer: rows for layer, (rows, _) in parts.items()}, {layer: chosen for layer, (_, chosen) in parts.items()}
+
+
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 def test_an_expert_is_scored_by_the_tokens_that_chose_it(kind: str, tiny_model: Callable[[str], TinyModel], opened: Callable[..., Any]) -> None:
     """The second model leaves an expert without tokens in some layer: its weights are worth nothing over this text."""
     engine, names = opened(kind), [f"blocks.{layer}.mlp.experts.W_in" for layer in range(3)]
-    model, seen = plain(tiny_model(kind).hf), {name: [] for name in names}  # type: dict[str, list[tuple[Any, Any]]]
-    for layer, name in enumerate(names):
-        model.get_submodule(f"model.layers.{layer}.mlp.experts").register_forward_pre_hook(lambda _, args, name=name: seen[name].append((args[0].reshape(-1, 64), args[1])))
-    with torch.no_grad():
-        for window in WINDOWS:
-            model(input_ids=torch.tensor([window]), use_cache=False)
+    _, x, chosen = routed(tiny_model(kind).hf)
     wanda, obs = (scores(engine, metric, names) for metric in ("wanda", "obs"))
     idle = 0
-    for name in names:
-        x, chosen = (np.concatenate([np.asarray(part) for part in parts]) for parts in zip(*seen[name], strict=True))
+    for layer, name in enumerate(names):
         for expert, weight in enumerate(engine.weight(name)):
-            rows = x[(chosen == expert).any(1)].astype(np.float64)
+            rows = x[layer][(chosen[layer] == expert).any(1)].astype(np.float64)
             idle += not len(rows)
             assert close(wanda[name][expert], np.abs(weight) * np.linalg.norm(rows, axis=0))
             assert close(obs[name][expert], explicit_obs(weight, rows) if len(rows) else np.zeros_like(weight), rtol=1e-3)
     assert (idle > 0) == (kind == "qwen3_moe")
+
+
+def hidden_by_hand(model: Any, x: NDArray[Any], layer: int, expert: int) -> NDArray[np.float64]:
+    """(token, d_mlp) silu(W_gate x) * (W_in x), in float64."""
+    gate_up = model.get_parameter(f"model.layers.{layer}.mlp.experts.gate_up_proj")[expert].detach().double().numpy()
+    gate, up = np.split(x.astype(np.float64) @ gate_up.T, 2, axis=1)
+    return gate / (1 + np.exp(-gate)) * up
+
+
+@pytest.mark.parametrize("engine", ["hf", "gguf"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_an_experts_last_matrix_is_scored_by_its_hidden_values(kind: str, engine: str, tiny_model: Callable[[str], TinyModel], opened: Callable[..., Any]) -> None:
+    model, x, chosen = routed(tiny_model(kind).hf)
+    names = [f"blocks.{layer}.mlp.experts.W_out" for layer in x]
+    opened_engine = opened(kind, engine)
+    wanda, obs = (scores(opened_engine, metric, names) for metric in ("wanda", "obs"))
+    for (layer, rows), name in zip(x.items(), names, strict=True):
+        for expert, weight in enumerate(opened_engine.weight(name)):
+            hidden = hidden_by_hand(model, rows[(chosen[layer] == expert).any(1)], layer, expert)
+            assert close(wanda[name][expert], np.abs(weight) * np.linalg.norm(hidden, axis=0), rtol=1e-3)
+            assert close(obs[name][expert], explicit_obs(weight, hidden) if len(hidden) else np.zeros_like(weight), rtol=1e-3)
+
+
+def test_hidden_values_that_pass_unseen_are_missed(opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts that multiply in another way than the two that are watched would be scored by nothing."""
+    engine = opened("mixtral")
+    experts = engine._model.model.layers[1].mlp.experts
+    monkeypatch.setattr(experts, "forward", lambda hidden, *_: hidden)
+    message = refused(engine, "wanda", [f"blocks.{layer}.mlp.experts.W_out" for layer in range(3)])
+    assert message.startswith("The hidden values of the experts of layer 1 of") and message.endswith("leave out mlp.experts.W_out.")
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral", "gpt2", "olmo2", "gemma2", "stablelm, parallel", "gpt_oss", "deepseek_v2"])
@@ -248,7 +287,7 @@ def test_both_engines_agree_on_what_both_can_give(kind: str, opened: Callable[..
     hf, gguf = opened(kind), opened(kind, "gguf")
     assert matrices(hf) == matrices(gguf)
     for metric in GGUF_METRICS:
-        names = [name for name in matrices(hf) if metric == "magnitude" or not name.endswith(("experts.W_out", "shared.W_out", "W_UK", "W_UV"))]
+        names = [name for name in matrices(hf) if metric == "magnitude" or not name.endswith(("shared.W_out", "W_UK", "W_UV"))]
         ours, theirs = scores(hf, metric, names), scores(gguf, metric, names)
         # llama.cpp holds the table of GELU in half precision
         wrong = {name: error for name in names if (error := nmse(theirs[name], ours[name])) > 1e-6}
@@ -448,9 +487,10 @@ def test_what_cannot_be_scored_is_refused_by_name(opened: Callable[..., Any]) ->
         assert f"no gradients for {metric}; metrics that it can give are magnitude, wanda, obs." in refused(gguf, metric, w_q)
     with pytest.raises(LayerscopeError, match="gradient flow needs a Hugging Face model"):
         gradient_flow(gguf, WINDOWS)
+    shared = opened("qwen2_moe")
     for engine, metric in itertools.product((hf, gguf), ("wanda", "obs")):
-        message = refused(engine, metric, ["blocks.0.mlp.experts.W_out"])
-        assert message.startswith("The input of blocks.0.mlp.experts.W_out is no site of") and "mlp.experts.W_in" in message
+        message = refused(shared, metric, ["blocks.0.mlp.shared.W_out"])
+        assert message.startswith("The input of blocks.0.mlp.shared.W_out is no site of") and "mlp.experts.W_in" in message
         assert "no window of text" in refused(engine, metric, w_q, windows=[])
     assert "at least one matrix" in refused(hf, "magnitude", [])
     assert "has no weight 'blocks.9.attn.W_Q'" in refused(hf, "grad_x_weight", ["blocks.9.attn.W_Q"])
@@ -477,8 +517,6 @@ def test_weights_that_are_packed_have_no_gradient(opened: Callable[..., Any]) ->
 
 
 def test_an_operation_without_a_second_derivative_is_named(opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    import contextlib
-
     import torch.nn.attention
 
     engine = opened("llama")

@@ -61,7 +61,7 @@ def test_other_options_or_a_changed_file_open_it_anew(warm: WarmEngine, events: 
     assert not second.options.editable_weights
     os.utime(tmp_path / "models" / "group" / "alpha" / "model.safetensors", ns=(1, 1))
     assert warm("group/alpha", {}) is not second
-    assert [event for event, _ in events].count("open") == 4
+    assert [event for event, _ in events].count("open") == 5
 
 
 def test_the_engine_carries_the_name_by_which_it_can_be_asked_for_again(warm: WarmEngine):

@@ -29,13 +29,14 @@ from backend.engines.weight_edits import WeightChange
 from backend.errors import LayerscopeError
 from backend.files.ggml_types import GGML_TYPES
 from backend.weights import open_weights
+from tests.phimoe import as_in_llama_cpp
 from tests.test_engines_agree import IDS, NMSE, nmse
 from tests.test_hf_engine import logits_with
 from tests.tiny_models import TinyModel, save_tiny
 
 OPTIONS = OpenOptions(device="cpu", n_gpu_layers=0, kv_cache="f32", n_threads=1, editable_weights=True)
 # rows reordered, fused, transposed, 1 + w, experts stacked, interleaved and apart, latent attention, norms of each head
-KINDS = ("llama", "mixtral", "gemma2", "phi3", "gpt2", "gpt_oss", "deepseek_v3", "stablelm, parallel")
+KINDS = ("llama", "mixtral", "gemma2", "phi3", "gpt2", "granitemoe", "phimoe", "gpt_oss", "deepseek_v3", "stablelm, parallel")
 
 
 def drawn(engine: Engine, name: str, n: int = 6, seed: int = 0) -> NDArray[np.int64]:
@@ -96,6 +97,7 @@ def test_the_value_at_a_canonical_place_is_the_stored_one_at_its_stored_place(ti
 def pair(request: pytest.FixtureRequest, tiny_model: Callable[[str], TinyModel]) -> Iterator[tuple[Engine, Engine]]:
     tiny = tiny_model(request.param)
     engines = open_engine(tiny.hf, OPTIONS), open_engine(tiny.gguf, OPTIONS)
+    as_in_llama_cpp(engines[0])
     yield engines
     for engine in engines:
         engine.close()

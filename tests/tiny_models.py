@@ -75,6 +75,14 @@ _KINDS: dict[str, dict[str, Any]] = {
     "granite": {
         "intermediate_size": 96, "attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.6, "logits_scaling": 2.5,
     },
+    "granitemoe": {
+        "intermediate_size": 48, "num_local_experts": 5, "num_experts_per_tok": 2, "attention_multiplier": 0.2, "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.6, "logits_scaling": 2.5,
+    },
+    "phimoe": {
+        "intermediate_size": 48, "num_local_experts": 5, "num_experts_per_tok": 2, "attention_bias": True, "lm_head_bias": True, "sliding_window": None,
+        "router_jitter_noise": 0.2,  # so that more than one expert often comes close to the best
+    },
     "gpt_oss": {
         "intermediate_size": 48, "head_dim": 24, "num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 8,
         "rope_parameters": {  # llama.cpp rounds the range that YaRN bends, so "truncate"

@@ -12,6 +12,7 @@ over all layers and pieces; a capture that is off by one layer, unmasked or tran
     attn_projection  z W_O + b_O = attn_out
     router_top_k     the experts chosen are those with the highest router probability, in that order
     expert_weights   the experts' weights are their router probabilities, renormalised over the chosen or not
+    expert_sum       the experts' outputs times their weights, and the shared expert's, = mlp_out (only where expert_out was captured)
     unembed          final norm and W_U of the last resid_post = logits
     finite           no value is NaN or infinite (the error is the share of bad values)
     table_row        no comparison: says that the architecture has no row in the engine's table, and what that means
@@ -31,6 +32,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from backend.analysis import expert_identities
 from backend.model_info import ModelInfo
 
 Array = NDArray[Any]
@@ -48,6 +50,7 @@ TITLES = {
     "attn_projection": "heads through W_O = attention output",
     "router_top_k": "chosen experts = best of the router",
     "expert_weights": "expert weights = router probabilities",
+    "expert_sum": expert_identities.TITLE,
     "unembed": "norm and W_U of the last layer = logits",
     "finite": "no NaN or infinite value",
     "table_row": "sites of this architecture are known",
@@ -61,9 +64,10 @@ _INPUTS = {
     "attn_projection": ("z", "attn_out"),
     "router_top_k": ("router_probs", "expert_indices"),
     "expert_weights": ("router_probs", "expert_indices", "expert_weights"),
+    "expert_sum": expert_identities.INPUTS,
 }
-_HELD = frozenset(site for sites in _INPUTS.values() for site in sites) - {"attn_pattern"}
-_MOE = ("router_top_k", "expert_weights")
+_HELD = frozenset(site for sites in _INPUTS.values() for site in sites) - {"attn_pattern"} | {"shared_expert_out"}
+_MOE = ("router_top_k", "expert_weights", "expert_sum")
 _WHERE_APT = (*_MOE, "table_row")  # reported only of models that they say something of
 _IGNORED_INFINITE = ("attn_scores",)  # masked scores are -inf by definition
 
@@ -112,6 +116,7 @@ class Identities:
     unembed     (residual stream (n, d_model), token ids (m,)) -> their logits (n, m), as the engine offers it; left out: unembed is not checked
     edited      places (site, layer) that an intervention changed, resid_pre rewritten as the site it comes from
     unchecked   identity -> why it cannot be checked of this model
+    shared      layers that have a shared expert besides those that the router chooses
     """
 
     def __init__(
@@ -122,9 +127,10 @@ class Identities:
         edited: Collection[Place] = (),
         limits: Tolerances | None = None,
         unchecked: Mapping[str, str] = MappingProxyType({}),
+        shared: Collection[int] = (),
     ) -> None:
         self._info, self._weight, self._unembed = info, weight, unembed
-        self._edited, self._unchecked = set(edited), unchecked
+        self._edited, self._unchecked, self._shared = set(edited), unchecked, frozenset(shared)
         self._limits = limits or tolerances(info.engine, info.quantization)
         self._found: dict[str, _Result] = {name: _Result() for name in TITLES if name not in _WHERE_APT or (info.is_moe and name in _MOE) or name in unchecked}
         for name, why in unchecked.items():
@@ -163,7 +169,7 @@ class Identities:
 
         An identity that could not be checked has checked 0, ok True and a note that says why.
         """
-        return {name: self._entry(name, found) for name, found in self._found.items()}
+        return {name: self._entry(name, found) for name, found in self._found.items() if name != "expert_sum" or "expert_out" in self._seen}
 
     def _entry(self, name: str, found: _Result) -> dict[str, Any]:
         tolerance = self._tolerance(name)
@@ -217,7 +223,7 @@ class Identities:
 
     def _applies(self, name: str, layer: int | None) -> bool:
         """False, with the reason noted, where the architecture or an edit breaks the identity by intent."""
-        ends_at = {"attn_sum": "resid_mid", "mlp_sum": "resid_post", "attn_projection": "attn_out", "unembed": "logits"}.get(name, name)
+        ends_at = {"attn_sum": "resid_mid", "mlp_sum": "resid_post", "attn_projection": "attn_out", "expert_sum": "mlp_out", "unembed": "logits"}.get(name, name)
         ends_at = "attn_pattern" if name.startswith("pattern") else ends_at
         found = self._found[name]
         if name in self._unchecked:
@@ -273,6 +279,12 @@ class Identities:
         plain_error, renormalised_error = relative_error(chosen, weights), relative_error(renormalised, weights)
         found.note = "renormalised over the chosen experts" if renormalised_error <= plain_error else "not renormalised"
         found.record(min(plain_error, renormalised_error), layer)
+
+    def _expert_sum(self, layer: int) -> None:
+        if layer in self._shared and "shared_expert_out" not in self._held:
+            self._found["expert_sum"].note = f"shared_expert_out of layer {layer} not captured"
+        else:
+            self._found["expert_sum"].compare(expert_identities.expert_sum(self._held), self._held["mlp_out"], layer)
 
     def _check_pattern(self, layer: int, pattern: Array, start: int) -> None:
         if self._applies("pattern_rows", layer):

@@ -189,8 +189,8 @@ def co_activation(indices: Indices, n_experts: int) -> NDArray[np.int64]:
 
     OLMoE's own script counts pairs that are neighbours in rank only; here every pair counts.
     """
-    one = chosen(indices, n_experts).astype(np.int64)
-    return one.T @ one
+    one = chosen(indices, n_experts).astype(np.float64)  # BLAS multiplies no integers; these stay exact
+    return (one.T @ one).astype(np.int64)
 
 
 def co_activation_share(indices: Indices, n_experts: int) -> NDArray[np.float64]:

@@ -80,7 +80,7 @@ def largest(sizes: Floats, n: int) -> list[int]:
 def spikes(peaks: Floats) -> NDArray[np.float64]:
     """How far each channel stands out: its largest |value| over all positions, in units of the median of all channels' (those that are never 0 only)."""
     alive = peaks[peaks > 0]
-    return peaks / np.median(alive) if len(alive) else np.zeros(len(peaks))
+    return np.asarray(peaks / np.median(alive), np.float64) if len(alive) else np.zeros(len(peaks))
 
 
 def candidates(layer: int, peaks: LayerPeaks, rows_of: RowsOf, threshold: float = THRESHOLD) -> list[Candidate]:

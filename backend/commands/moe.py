@@ -11,11 +11,11 @@ from typing import Annotated, Any
 
 import typer
 
-from backend.commands import moe_ablate
+from backend.commands import moe_ablate, moe_compare
 from backend.errors import LayerscopeError
 
 SCHEMA = "layerscope.moe/1"
-MAX_PROMPTS = 200
+MAX_PROMPTS, MAX_TRACES = 200, 2000
 Preset = Annotated[str, typer.Option("--preset", "-p", help="A run preset (see `moe presets`), or a model's name (see `models`).")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
@@ -26,9 +26,16 @@ def register(app: typer.Typer, bar: Callable[[], Any], settings: Callable[[], An
     group = typer.Typer(no_args_is_help=True, help="Routing of mixture-of-experts models.")
     app.add_typer(group, name="moe")
 
+    def traced(*arguments: Any) -> Any:
+        trace = _trace(*arguments)
+        keep(trace.path)
+        return trace
+
     moe_ablate.register(group, bar, lambda name: _opened(settings(), name), SCHEMA)
+    moe_compare.register(group, bar, lambda name: _opened(settings(), name), traced, SCHEMA)
     _add_query(group, bar, settings, keep)
     _add_analyze(group, bar, settings, keep)
+    _add_usage(group, settings)
     _add_presets(app, group, settings)
 
 
@@ -68,6 +75,7 @@ def _add_analyze(group: typer.Typer, bar: Callable[[], Any], settings: Callable[
         compare: Annotated[bool, typer.Option("--compare", help="Also compare every two prompts.")] = False,
         output: Annotated[Path | None, typer.Option("--output", "-o", help="A file for the JSON object. Default: stdout.")] = None,
         max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens to generate after each prompt.")] = 0,
+        full: Annotated[bool, typer.Option("--full", help="Also pairs of experts, transitions, texts, and each token's margin and entropy.")] = False,
     ) -> None:
         """Run several prompts and write the routing of each as JSON, with every two compared.
 
@@ -78,7 +86,7 @@ def _add_analyze(group: typer.Typer, bar: Callable[[], Any], settings: Callable[
             raise LayerscopeError(f"{len(asked)} prompts are asked for, and {MAX_PROMPTS} is the limit; use `batch` for more.")
         if output is not None and not output.absolute().parent.is_dir():
             raise LayerscopeError(f"There is no folder {output.absolute().parent} to write {output.name} in.")
-        text = json.dumps(_analyze(settings(), preset, asked, compare, max_new_tokens, bar, keep), ensure_ascii=False, indent=2)
+        text = json.dumps(_analyze(settings(), preset, asked, compare, max_new_tokens, full, bar, keep), ensure_ascii=False, indent=2)
         if output is None:
             typer.echo(text)
             return
@@ -87,6 +95,29 @@ def _add_analyze(group: typer.Typer, bar: Callable[[], Any], settings: Callable[
         except OSError as error:
             raise LayerscopeError(f"{output} cannot be written: {error.strerror}.") from None
         typer.echo(f"{len(asked)} prompts written to {output}")
+
+
+def _add_usage(group: typer.Typer, settings: Callable[[], Any]) -> None:
+    @group.command()
+    def usage(model: Annotated[str, typer.Option("--model", "-m", help="The model's name, as its traces have it.")]) -> None:
+        """Read every trace of a model and print, as JSON, which experts served which category and token, in time, and how alike categories are.
+
+        Example: python -m backend moe usage --model demo-moe
+        """
+        from backend.library import Library
+        from backend.reports.expert_usage import find_usage, frequent_tokens, usage_report
+        from backend.trace import Trace
+
+        library = Library.from_settings(settings())
+        ids = [each.id for each in library.traces(model=model, limit=MAX_TRACES) if "expert_indices" in each.sites][::-1]
+
+        def opened() -> Any:
+            for trace_id in ids:
+                with Trace(library.path_of(trace_id)) as trace:
+                    yield trace
+
+        found = find_usage(opened(), frequent_tokens(opened()))
+        typer.echo(json.dumps({"schema": SCHEMA, "model": model, **usage_report(found)}, ensure_ascii=False))
 
 
 def _add_presets(app: typer.Typer, group: typer.Typer, settings: Callable[[], Any]) -> None:
@@ -161,7 +192,8 @@ def _memory_text(data: dict[str, Any]) -> str:
     return "\n".join([f"{name:<30} {value}" for name, value in rows] + ["", data["recommendation"]])
 
 
-def _analyze(settings: Any, preset: str, prompts: list[str], compare: bool, n_new: int, bar: Callable[[], Any], keep: Callable[[Any], None]) -> dict[str, Any]:
+def _analyze(settings: Any, preset: str, prompts: list[str], compare: bool, n_new: int, full: bool, bar: Callable[[], Any],
+             keep: Callable[[Any], None]) -> dict[str, Any]:  # fmt: skip
     from backend.reports.routing import comparison_report, routing_report
 
     traces = []
@@ -170,7 +202,7 @@ def _analyze(settings: Any, preset: str, prompts: list[str], compare: bool, n_ne
             traces.append(_trace(model, chosen, prompt, n_new, progress))
             keep(traces[-1].path)
     pairs = [{**comparison_report(a, b), "prompts": [i, j]} for (i, a), (j, b) in combinations(enumerate(traces), 2)] if compare else []
-    return {"schema": SCHEMA, "preset": preset, **_head(traces[0]), "prompts": [routing_report(trace) for trace in traces], "comparisons": pairs}
+    return {"schema": SCHEMA, "preset": preset, **_head(traces[0]), "prompts": [routing_report(trace, full) for trace in traces], "comparisons": pairs}
 
 
 @contextmanager

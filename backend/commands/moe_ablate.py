@@ -21,7 +21,8 @@ def register(group: typer.Typer, bar: Callable[[], Any], opened: Callable[[str],
     @group.command()
     def ablate(
         preset: Annotated[str, typer.Option("--preset", "-p", help="A run preset (see `moe presets`), or a model's name (see `models`).")],
-        prompt: Annotated[str, typer.Option("--prompt", help="The text to run.")],
+        prompt: Annotated[list[str], typer.Option("--prompt", help="The text to run; again for each further prompt of a sweep.")],
+        more: Annotated[list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Further prompts of a sweep.", show_default=False)] = None,
         layer: Annotated[int | None, typer.Option("--layer", "-l", help="The layer whose experts are taken out. Default: every expert of every layer in turn.")] = None,
         experts: Annotated[str | None, typer.Option("--experts", "-e", help='The experts of that layer, together: "2,5".')] = None,
         max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens", "-n", help="Tokens to generate with and without. Default: the preset's.")] = None,
@@ -30,18 +31,21 @@ def register(group: typer.Typer, bar: Callable[[], Any], opened: Callable[[str],
         """Take experts out of a router's choice: effect on loss, predictions and text; or rank all experts by it.
 
         Examples: python -m backend moe ablate --preset demo-moe --prompt "The capital of France is" --layer 0 --experts 4
-                  python -m backend moe ablate --preset demo-moe --prompt "The capital of France is"
+                  python -m backend moe ablate --preset demo-moe --prompt "The capital of France is" "7 plus 5 equals"
         """
         if (layer is None) != (experts is None):
             raise LayerscopeError("Name both --layer and --experts, or neither to take out every expert in turn.")
+        asked = [*prompt, *(more or ())]
+        if layer is not None and len(asked) > 1:
+            raise LayerscopeError(f"Named experts are taken out of one prompt, and {len(asked)} are given; without --layer all experts are taken out of all of them.")
         with opened(preset) as (chosen, model), bar() as progress:
-            ids = model.engine.tokenize(prompt)
+            every = [model.engine.tokenize(text) for text in asked]
             if layer is None or experts is None:
-                found = _sweep(model.engine, ids, progress)
+                found = {"prompts": asked, **_sweep(model.engine, every, progress)}
             else:
                 n = chosen.max_new_tokens if max_new_tokens is None else max_new_tokens
-                found = _without(model.engine, ids, layer, _numbers(experts), n, chosen.sampling)
-            data = {"schema": schema, "preset": preset, "model": model.info.name, "prompt": prompt, "n_tokens": len(ids), **found}
+                found = {"prompt": asked[0], **_without(model.engine, every[0], layer, _numbers(experts), n, chosen.sampling)}
+            data = {"schema": schema, "preset": preset, "model": model.info.name, "n_tokens": sum(map(len, every)), **found}
         typer.echo(json.dumps(data, ensure_ascii=False) if as_json else _ranking(data) if "ranking" in data else _difference(data))
 
 
@@ -52,10 +56,10 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in parts}))
 
 
-def _sweep(engine: Any, ids: list[int], progress: Any) -> dict[str, Any]:
-    from backend.experiments.experts import MEASURES, sweep
+def _sweep(engine: Any, prompts: list[list[int]], progress: Any) -> dict[str, Any]:
+    from backend.experiments.experts import MEASURES, sweep_over
 
-    layers, found = sweep(engine, ids, progress)
+    layers, found = sweep_over(engine, prompts, progress)
     rows = [{"layer": layer, "expert": expert, **{name: float(found[m, i, expert]) for m, name in enumerate(MEASURES)}}
             for i, layer in enumerate(layers) for expert in range(found.shape[2])]  # fmt: skip
     return {"ranking": sorted(rows, key=lambda row: -row["kl"])}
@@ -73,7 +77,8 @@ def _without(engine: Any, ids: list[int], layer: int, experts: tuple[int, ...], 
 
 
 def _ranking(data: dict[str, Any]) -> str:
-    lines = [f"{data['model']}, {data['n_tokens']} tokens; every expert taken out in turn, the largest effects first", "",
+    of = f" of {len(data['prompts'])} prompts" if len(data["prompts"]) > 1 else ""
+    lines = [f"{data['model']}, {data['n_tokens']} tokens{of}; every expert taken out in turn, the largest effects first", "",
              f"{'expert':>8} {'KL, nats':>9} {'loss, nats':>11} {'perplexity x':>13} {'other top token':>16}"]  # fmt: skip
     for row in data["ranking"][:SHOWN]:
         name = f"{row['layer']}.{row['expert']}"

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from backend.analysis.identities import tolerances
 from backend.engines import DEFAULT_CONTEXT, GRAPH_TOKENS, OnStep, OpenOptions, Request, Sampling, ShouldStop, Sink, Step, check_edits, check_request, never_stop
+from backend.engines.expert_inputs import FromNodes, OnRows, hidden_nodes
 from backend.engines.ggml import Tensor, check_layout, read
 from backend.engines.ggml_codes import code_bits
 from backend.engines.gguf_context import Context, Model
@@ -193,6 +194,11 @@ class GgufEngine:
         """See EditsWeights.code_bits."""
         return code_bits(type_of(self._weights.lazy(name)))
 
+    def expert_inputs(self, ids: list[int], layers: Sequence[int], on_rows: OnRows, should_stop: ShouldStop = never_stop) -> None:
+        """See ShowsExpertInputs."""
+        nodes = hidden_nodes(self.info, self.nodes(), layers)
+        self.run(ids, Request(("expert_indices",), tuple(layers), native=tuple(nodes)), FromNodes(nodes, on_rows), should_stop=should_stop)
+
     def close(self) -> None:
         """Free the context and the model."""
         if self._context is not None:
@@ -222,7 +228,7 @@ class GgufEngine:
         self._watch.record(self._nodes)
         context.decode(ids, 0, all_outputs=True)
         self._watch.rest()
-        places = find_places(self._table, self._nodes)
+        places = find_places(self._table, self._nodes, self._factor(header, self._table.residual_scale) or 1.0)
         if self._table is GENERIC:
             return self._probed(fitting(places, self._nodes, self.info, len(ids)), ids, header)
         embed = places.get(("embed", None))
@@ -240,9 +246,13 @@ class GgufEngine:
 
     def _by_row(self, header: GgufHeader) -> Unembedding:
         """The way from the residual stream to logits that the row of the table says."""
-        divisor, softcap = (float(header.metadata.get(f"{self.info.architecture}.{key}", 0.0)) for key in (self._table.logit_divisor, self._table.logit_softcap))
-        bias = self._weights["ln_final.b"] if "ln_final.b" in self._weights else None
-        return Unembedding(self._table.norm, self.info.norm_eps, self._weights["ln_final.w"], bias, self._weights.lazy("unembed.W_U"), None, divisor or 1.0, softcap)
+        divisor, softcap = (self._factor(header, key) for key in (self._table.logit_divisor, self._table.logit_softcap))
+        bias, w_u_bias = (self._weights[name] if name in self._weights else None for name in ("ln_final.b", "unembed.b_U"))
+        return Unembedding(self._table.norm, self.info.norm_eps, self._weights["ln_final.w"], bias, self._weights.lazy("unembed.W_U"), w_u_bias, divisor or 1.0, softcap)
+
+    def _factor(self, header: GgufHeader, key: str) -> float:
+        """A number of the file by its key without the architecture; 0 where it has none, or the row names no key."""
+        return float(header.metadata.get(f"{self.info.architecture}.{key}", 0.0)) if key else 0.0
 
     def _probed(self, places: dict[Where, Place], ids: list[int], header: GgufHeader) -> dict[Where, Place]:
         """Of `places`, by name and size, those that hold what they promise; finds the way to logits as well, where it can be found."""

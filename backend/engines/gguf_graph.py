@@ -23,7 +23,7 @@ Where = tuple[str, int | None]  # site, layer
 
 @dataclass(frozen=True)
 class Place:
-    """The node that holds one site of one layer. `scale`: what attention scores are multiplied with before the softmax."""
+    """The node that holds one site of one layer. `scale`: what the node is multiplied with to be the site: of attention scores, before the softmax."""
 
     site: str
     layer: int | None
@@ -58,16 +58,19 @@ class SeenNode:
 
 
 def _operands(tensor: Tensor, op: str) -> list[bytes]:
-    """Names of what a node takes, and of the weight of the product that an ADD takes; the last layer selects rows in between."""
+    """Names of what a node takes; of the weight of the product, and the bias of the sum, that an ADD takes. The last layer selects rows in between."""
     sources = [source.contents for source in tensor.src[:2] if source]
     if sources and op_name(sources[0].op) == "GET_ROWS":
         sources[0] = sources[0].src[0].contents
+    names = [source.name for source in sources]
     if op == "ADD" and op_name(sources[0].op) == "MUL_MAT":
-        sources.append(sources[0].src[0].contents)
-    return [source.name for source in sources]
+        names.append(sources[0].src[0].contents.name)
+    elif op == "ADD" and op_name(sources[0].op) == "ADD":
+        names.append(sources[0].src[1].contents.name + b" (added)")
+    return names
 
 
-def find_places(table: Architecture, nodes: Iterable[SeenNode]) -> dict[Where, Place]:
+def find_places(table: Architecture, nodes: Iterable[SeenNode], residual_scale: float = 1.0) -> dict[Where, Place]:
     """The last node in graph order that fits a row of the table, for every site and layer. What does not fit does not exist here."""
     by_name: dict[str, list[Node]] = {}
     by_weight: dict[str, list[Node]] = {}
@@ -88,7 +91,7 @@ def find_places(table: Architecture, nodes: Iterable[SeenNode]) -> dict[Where, P
                     places[row.site, at] = Place(row.site, at, "", node.op, operand, part=row.part)
         for row in by_name.get(name, ()):
             if row.op in ("", op) and (not row.beside or (row.beside, layer) in taken):
-                places[row.site, layer] = Place(row.site, layer, node.name, node.op, part=row.part)
+                places[row.site, layer] = Place(row.site, layer, node.name, node.op, part=row.part, scale=residual_scale if row.scaled else 1.0)
         if name == "kq_soft_max":
             scales[layer] = node.scale
     for (site, layer), place in places.items():

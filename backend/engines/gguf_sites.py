@@ -19,9 +19,10 @@ class Node:
     name    ggml's name without "-L"; empty: the node has no name of its own
     op      ggml's op; empty: any
     weight  in place of a name: a weight or bias that an op takes, without "blk.L.", or a named node without "-L"; `op` is needed
-            then. An ADD also takes the weight of the product that it adds
+            then. An ADD also takes the weight of the product that it adds; and of a sum with a bias that it adds, "BIAS (added)"
     part    (i, n): the i-th of n equal parts of the last axis; empty: all of it
     beside  a weight, without "blk.L.", that some node of the same layer takes: in layers without it the name stands for something else
+    scaled  the block multiplies the node with the factor of `Architecture.residual_scale` later: the site is what it is then
     """
 
     site: str
@@ -30,6 +31,7 @@ class Node:
     weight: str = ""
     part: tuple[int, int] | tuple[()] = ()
     beside: str = ""
+    scaled: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,11 @@ _EXPERTS = (
     Node("expert_weights", "ffn_moe_weights_softmax"),
     Node("expert_weights", "ffn_moe_weights_norm"),
     Node("expert_weights", "ffn_moe_weights_scaled"),
+    Node("expert_out", "ffn_moe_weighted", "MUL"),
     Node("mlp_out", "ffn_moe_out"),
 )
+# A gate that multiplies the shared expert's output is another node.
+_SHARED_EXPERT, _GATED_SHARED_EXPERT = (Node("shared_expert_out", "ffn_shexp"),), (Node("shared_expert_out", "ffn_shexp_out"),)
 _OUTPUT = (Node("ln_final_out", "result_norm"), Node("logits", "result_output"))
 
 # Some layers may turn nothing (SmolLM3): there the projection itself is what attention gets. Elsewhere the rotation comes later.
@@ -107,6 +112,14 @@ _UNGATED_MLP = (
 # The dense MLP's names stand for the shared expert there, which has another width: its hidden values are no site.
 _SHARED_EXPERT_BLOCK = tuple(node for node in _MLP if not node.site.startswith("mlp_p"))
 _SCALED = (Node("embed", "embd", "SCALE"), Node("attn_out", weight="attn_out", op="SCALE"), Node("mlp_out", weight="ffn_out", op="SCALE"))
+# The same with experts. The factor on the residual stream follows the sum of all, and of shared experts where a file has them.
+_GRANITE_MOE_BLOCK = (
+    *_SHARED_EXPERT_BLOCK,
+    *(replace(node, scaled=node.site == "expert_out") for node in _EXPERTS),
+    *(replace(node, scaled=True) for node in _SHARED_EXPERT),
+    *_SCALED,
+    Node("mlp_out", weight="ffn_moe_out", op="SCALE"),
+)
 _FUSED_MLP = (Node("mlp_pre", "ffn_up", part=(0, 2)), Node("mlp_pre_linear", "ffn_up", part=(1, 2)))
 # The router is a product and a bias, and the sum is called ffn_moe_probs; there are no probabilities over all experts: the weights
 # are a softmax over the logits of the chosen ones. So router_probs is no site.
@@ -114,7 +127,7 @@ _GPT_OSS_BLOCK = (
     Node("resid_mid", "ffn_inp"),
     Node("ln2_out", "attn_post_norm"),
     Node("router_logits", "ffn_moe_probs", "ADD"),
-    *(node for node in _EXPERTS if node.site in ("expert_indices", "expert_weights", "mlp_out")),
+    *(node for node in _EXPERTS if node.site in ("expert_indices", "expert_weights", "expert_out", "mlp_out")),
     Node("resid_post", "l_out"),
 )
 # Latent attention (MLA): llama.cpp multiplies what makes keys into the queries, so that there are no keys, values or turned queries of
@@ -126,6 +139,7 @@ _DEEPSEEK_BLOCK = (
     *_ATTENTION_OUT,
     *(replace(node, beside="ffn_down.weight") if node.site.startswith("mlp_p") else node for node in _MLP),
     *(node for node in _EXPERTS if node.site != "mlp_out"),
+    *_SHARED_EXPERT,
     Node("router_probs", "ffn_moe_probs", "UNARY"),
 )
 _DENSE = _EMBEDDING + _ATTENTION + _ATTENTION_OUT + _MLP + _OUTPUT
@@ -149,7 +163,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         window_period=6,
     ),
     "qwen3moe": Architecture(_EMBEDDING + _ATTENTION + _ATTENTION_OUT + _MLP + _EXPERTS + _OUTPUT),
-    "qwen2moe": Architecture(_EMBEDDING + _ATTENTION + _ATTENTION_OUT + _SHARED_EXPERT_BLOCK + _EXPERTS + _OUTPUT),
+    "qwen2moe": Architecture(_EMBEDDING + _ATTENTION + _ATTENTION_OUT + _SHARED_EXPERT_BLOCK + _EXPERTS + _GATED_SHARED_EXPERT + _OUTPUT),
     "olmoe": Architecture(_EMBEDDING + _ATTENTION + _WIDE_QK + _ATTENTION_OUT + _MLP + _EXPERTS + _OUTPUT),
     "phi3": Architecture((*_DENSE, *_FUSED_QKV, *_FUSED_MLP, Node("resid_mid", weight="attn_output.weight", op="ADD"))),
     "gpt2": Architecture(
@@ -160,6 +174,14 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     # StableLM 2 12B has no second norm: attention and MLP read the same, and the sum of the first two is nothing that a block reads.
     "stablelm": Architecture(tuple(replace(node, beside="ffn_norm.weight") if node.site == "resid_mid" else node for node in _DENSE), norm="layer"),
     "granite": Architecture(_DENSE + _SCALED, logit_divisor="logit_scale", residual_scale="residual_scale"),
+    "granitemoe": Architecture(_EMBEDDING + _ATTENTION + _ATTENTION_OUT + _GRANITE_MOE_BLOCK + _OUTPUT, logit_divisor="logit_scale", residual_scale="residual_scale"),
+    # llama.cpp runs Phi-3.5-MoE with RMS norms and renormalised weights, where its makers and transformers have LayerNorm and sparsemixer.
+    "phimoe": Architecture(
+        (
+            *_EMBEDDING, *_ATTENTION, *_ATTENTION_OUT, *_ATTENTION_OUT_BIAS, *(node for node in _SHARED_EXPERT_BLOCK if node.site != "resid_mid"),
+            Node("resid_mid", weight="attn_output.bias (added)", op="ADD"), *_EXPERTS, *_OUTPUT,
+        ),
+    ),  # fmt: skip
     "gpt-oss": Architecture(_EMBEDDING + _ATTENTION + _ATTENTION_OUT + _GPT_OSS_BLOCK + _OUTPUT, window_period=2),
     "deepseek2": Architecture(_EMBEDDING + _DEEPSEEK_BLOCK + _OUTPUT),
 }

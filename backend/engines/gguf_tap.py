@@ -62,10 +62,13 @@ class Tap:
         if SITES[place.site].is_attention_map:
             return self._edited_map(node, place, edits)
         values = self._from_node(node, place.site)
+        if place.scale != 1.0:
+            values = values * np.float32(place.scale)
         for edit in edits:
             values = apply(edit, values, self.start, self.n_tokens)
         if edits:
-            node[...] = self._to_node(values, place.site).reshape(node.shape)
+            stored = values if place.scale == 1.0 else values / np.float32(place.scale)
+            node[...] = self._to_node(stored, place.site).reshape(node.shape)
         return values
 
     def _edited_map(self, node: NDArray[Any], place: Place, edits: Sequence[Intervention]) -> NDArray[Any]:

@@ -47,6 +47,7 @@ from backend.engines import (
     never_stop,
     no_sink,
 )
+from backend.engines.expert_inputs import OnRows, watching_products
 from backend.engines.hf_architecture import finished
 from backend.engines.hf_generic import NO_UNEMBED, Generic, find
 from backend.engines.hf_gradients import Gradients
@@ -217,6 +218,12 @@ class HfEngine:
     def gradients(self, names: Sequence[str]) -> Gradients:
         """Backward passes of the loss over windows of tokens, for the weights of these canonical names; see hf_gradients. Raises as `weight` does."""
         return Gradients(self._model, self._row, self.info, min(self.n_ctx, WHOLE_LIMIT), [self._found(name) for name in names])
+
+    def expert_inputs(self, ids: list[int], layers: Sequence[int], on_rows: OnRows, should_stop: ShouldStop = never_stop) -> None:
+        """See ShowsExpertInputs."""
+        parameters = {layer: self._found(f"blocks.{layer}.mlp.experts.W_out").parameters[0] for layer in layers}
+        with watching_products(self.info, parameters, len(ids) * self.info.n_experts_used, on_rows):
+            self.run(ids, Request(()), no_sink, should_stop=should_stop)
 
     def _found(self, name: str) -> Found:
         return find_weight(self._model, self._row, self.info, name)

@@ -41,7 +41,8 @@ class Router:
 
     renormalise  the weights of the chosen experts are made to sum to 1; a name: the module's attribute that says so
     probs        what makes probabilities of the logits. "chosen": none over all experts exist, the weights are a softmax over the
-                 chosen experts' logits alone (gpt-oss), so that router_probs is no site
+                 chosen experts' logits alone (gpt-oss), so that router_probs is no site. "sparsemixer": nor here, each of two chosen
+                 experts has a softmax of its own (Phi-3.5-MoE)
     correction   the module's attribute that is added to the probabilities to choose by, but not to the weights
     group_best   experts are chosen out of the best groups only, a group counting as much as its best so many experts together;
                  0: there are no groups
@@ -50,14 +51,33 @@ class Router:
 
     module: str
     renormalise: bool | str = False
-    probs: Literal["softmax", "sigmoid", "chosen"] = "softmax"
+    probs: Literal["softmax", "sigmoid", "chosen", "sparsemixer"] = "softmax"
     correction: str = ""
     group_best: int = 0
     scale: str = ""
 
     @property
     def sites(self) -> tuple[str, ...]:
-        return tuple(site for site in ROUTER_SITES if self.probs != "chosen" or site != "router_probs")
+        return tuple(site for site in ROUTER_SITES if self.probs in ("softmax", "sigmoid") or site != "router_probs")
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A module that takes (hidden states, indices, weights) and returns the chosen experts' weighted sum; `expert_out` is read there.
+
+    times  the configuration's factor that the block multiplies the sum with
+    """
+
+    module: str
+    times: str = ""
+
+
+@dataclass(frozen=True)
+class GatedExpert:
+    """A shared expert whose output the block multiplies with the sigmoid of what another module, the gate, puts out after it."""
+
+    module: str
+    gate: str
 
 
 @dataclass(frozen=True)
@@ -90,6 +110,8 @@ class Architecture:
     places: Mapping[str, Place]
     weights: Mapping[str, Weight]
     router: Router | None = None
+    experts: Experts | None = None
+    shared: GatedExpert | None = None  # a shared expert without a gate is a place like others
     rotary: bool = True
     norm: Literal["rms", "layer"] = "rms"  # of the residual stream: RMS norm, or LayerNorm with a bias
     logit_divisor: str = ""  # the configuration's name for what logits are divided by
@@ -110,6 +132,8 @@ class Architecture:
         found |= {(site, layer) for layer in attending for site in (*(ROTARY_SITES if self.rotary else ()), *self.attention_sites)}
         if self.router:
             found |= {(site, layer) for layer in range(n_layers) for site in self.router.sites if has(self.router.module.format(layer))}
+        for site, part in (("expert_out", self.experts), ("shared_expert_out", self.shared)):
+            found |= {(site, layer) for layer in range(n_layers) if part and has(part.module.format(layer))}
         return frozenset(found)
 
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 def probabilities(router: Router, logits: Tensor) -> Tensor:
-    """(pos, expert) logits -> what the experts are chosen by, before any correction; in float32 as every router computes them."""
-    if router.probs == "chosen":
+    """(pos, expert) logits -> what the experts are chosen by, before any correction; in float32 as every router computes them. Logits where no others exist."""
+    if "router_probs" not in router.sites:
         return logits
     return logits.float().softmax(dim=-1) if router.probs == "softmax" else logits.float().sigmoid()
 
@@ -31,6 +31,8 @@ def reroute(router: Router, module: nn.Module, scores: Tensor, k: int) -> tuple[
 
     Groups and correction: DeepSeek-AI, arXiv:2405.04434 (2.1.2) and arXiv:2412.19437 (2.1.2), as transformers computes them.
     """
+    if router.probs == "sparsemixer":
+        return _sparsemixer(scores, module.router_jitter_noise)  # type: ignore[arg-type]
     indices = _in_best_groups(router, module, _preference(router, module, scores)).topk(k, dim=-1).indices
     weights = scores.gather(-1, indices)
     if router.probs == "chosen":
@@ -38,6 +40,24 @@ def reroute(router: Router, module: nn.Module, scores: Tensor, k: int) -> tuple[
     if getattr(module, router.renormalise) if isinstance(router.renormalise, str) else router.renormalise:
         weights = weights / weights.sum(dim=-1, keepdim=True)
     return weights * getattr(module, router.scale) if router.scale else weights, indices
+
+
+def _sparsemixer(logits: Tensor, jitter: float) -> tuple[Tensor, Tensor]:
+    """The two best experts; each one's weight is its softmax over the experts left that come close to it, so that the weights sum to up to 2.
+
+    Close: not below by more than 2 jitter, relative to the best or to itself, whichever is larger. SparseMixer-v2, arXiv:2409.12136, as
+    transformers computes it outside training.
+    """
+    import torch
+
+    left, weights, indices = logits, [], []
+    for _ in range(2):
+        best, chosen = left.max(dim=-1, keepdim=True)
+        far = (best - logits) / logits.abs().clamp(min=best) > 2 * jitter
+        weights.append(left.masked_fill(far, float("-inf")).softmax(dim=-1).gather(-1, chosen))
+        indices.append(chosen)
+        left = left.scatter(-1, chosen, float("-inf"))
+    return torch.cat(weights, dim=-1), torch.cat(indices, dim=-1)
 
 
 def _preference(router: Router, module: nn.Module, scores: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from backend.engines.hf_architecture import Architecture, Place, Router, Weight
+from backend.engines.hf_architecture import Architecture, Experts, GatedExpert, Place, Router, Weight
 
 _LAYER, _ATTN, _MLP = "model.layers.{}", "model.layers.{}.self_attn", "model.layers.{}.mlp"
 
@@ -74,6 +74,7 @@ _MIXTRAL = Architecture(
     places=_BLOCK_PLACES,
     weights={**_BLOCK_WEIGHTS, **_FUSED_EXPERT_WEIGHTS},
     router=Router(f"{_MLP}.gate", renormalise=True),
+    experts=Experts(f"{_MLP}.experts"),
 )
 
 _POST_NORM_WEIGHTS = {
@@ -125,6 +126,7 @@ _QWEN3_MOE = replace(
     places=_BLOCK_PLACES,
     weights={**{name: w for name, w in _QWEN3.weights.items() if ".mlp." not in name}, **_FUSED_EXPERT_WEIGHTS},
     router=Router(f"{_MLP}.gate", renormalise="norm_topk_prob"),
+    experts=Experts(f"{_MLP}.experts"),
 )
 _QWEN2_MOE = replace(
     _QWEN3_MOE,
@@ -135,6 +137,7 @@ _QWEN2_MOE = replace(
             for ours, theirs in (("gate", "gate"), ("in", "up"), ("out", "down"))
         },
     },
+    shared=GatedExpert(f"{_MLP}.shared_expert", f"{_MLP}.shared_expert_gate"),
 )
 _PHI3 = replace(
     _LLAMA,
@@ -181,6 +184,28 @@ _GRANITE = replace(
     },
     logit_divisor="logits_scaling",
 )
+_SPARSE = f"{_LAYER}.block_sparse_moe"
+_GRANITE_MOE = replace(
+    _GRANITE,
+    places={
+        **{site: place for site, place in _GRANITE.places.items() if not site.startswith("mlp_")},
+        "mlp_out": Place(_SPARSE, times="residual_multiplier"),
+    },
+    weights={
+        **_BLOCK_WEIGHTS,
+        **{name: replace(weight, parameter=weight.parameter.replace(_MLP, _SPARSE)) for name, weight in _FUSED_EXPERT_WEIGHTS.items()},
+        "blocks.{}.mlp.W_router": Weight(f"{_SPARSE}.router.weight"),
+    },
+    # A softmax over the logits of the chosen experts: the same as one over all of them, renormalised.
+    router=Router(f"{_SPARSE}.router", renormalise=True),
+    experts=Experts(f"{_SPARSE}.experts", times="residual_multiplier"),
+)
+_PHIMOE = replace(
+    _MIXTRAL,
+    norm="layer",
+    weights={**_MIXTRAL.weights, **_NORM_BIASES, "blocks.{}.mlp.W_router": Weight(f"{_MLP}.router.weight"), "unembed.b_U": Weight("lm_head.bias")},
+    router=Router(f"{_MLP}.router", probs="sparsemixer"),
+)
 
 _GPT_OSS = Architecture(
     layer=_LAYER,
@@ -199,6 +224,7 @@ _GPT_OSS = Architecture(
         "blocks.{}.mlp.experts.b_out": Weight(f"{_MLP}.experts.down_proj_bias"),
     },
     router=Router(f"{_MLP}.router", probs="chosen"),
+    experts=Experts(f"{_MLP}.experts"),
 )
 
 # Latent attention (MLA) has no module that gives keys or values before the rotary embedding, and llama.cpp has them nowhere.
@@ -211,6 +237,7 @@ _DEEPSEEK_V3 = Architecture(
         **{site: place for site, place in _BLOCK_PLACES.items() if site not in ("k", "v")},
         "q": Place(f"{_ATTN}.q_b_proj", otherwise=f"{_ATTN}.q_proj", heads=True),
         **_GATED_MLP_PLACES,  # of the dense layers; the others have them for experts only
+        "shared_expert_out": Place(f"{_MLP}.shared_experts"),
     },
     weights={
         **{name: w for name, w in _BLOCK_WEIGHTS.items() if not name.endswith(("W_K", "W_V", "b_Q", "b_K", "b_V"))},
@@ -231,6 +258,7 @@ _DEEPSEEK_V3 = Architecture(
     router=Router(
         f"{_MLP}.gate", renormalise="norm_topk_prob", probs="sigmoid", correction="e_score_correction_bias", group_best=2, scale="routed_scaling_factor"
     ),
+    experts=Experts(f"{_MLP}.experts"),
     rotary=False,
 )
 _DEEPSEEK_V2 = replace(_DEEPSEEK_V3, router=Router(f"{_MLP}.gate", group_best=1, scale="routed_scaling_factor"))
@@ -291,6 +319,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "starcoder2": _STARCODER2,
     "stablelm": _STABLELM,
     "granite": _GRANITE,
+    "granitemoe": _GRANITE_MOE,
+    "phimoe": _PHIMOE,
     "gpt_oss": _GPT_OSS,
     "deepseek_v2": _DEEPSEEK_V2,
     "deepseek_v3": _DEEPSEEK_V3,

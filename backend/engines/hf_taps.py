@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from backend.engines import Piece, Request, ShouldStop, Sink, Where
 from backend.engines.hf_architecture import Architecture, Place, Router
+from backend.engines.hf_experts import hang_experts, hang_gated
 from backend.engines.hf_router import best_first, probabilities, reroute
 from backend.errors import Cancelled
 from backend.intervention import Intervention, apply, edits_by_place
@@ -101,6 +102,8 @@ def installed(model: nn.Module, row: Architecture, tap: Tap, places: Collection[
             if row.router and ("router_logits", layer) in places:
                 name = row.router.module.format(layer)
                 handles.append(model.get_submodule(name).register_forward_hook(_router_hook(tap, layer, row.router, name)))
+            handles += hang_experts(model, tap, row.experts, layer, places) if row.experts else []
+            handles += hang_gated(model, tap, row.shared, layer, places) if row.shared else []
         for site, place in row.places.items():
             for at in range(tap.info.n_layers) if SITES[site].per_layer else (None,):
                 if (site, at) in places and (tap.touches(site, at) or (place.collected and site in tap.request.sites)):
@@ -167,7 +170,7 @@ def _router_hook(tap: Tap, layer: int, router: Router, name: str) -> Callable[..
         changed = tap.through("router_logits", layer, logits, name)
         logits = logits if changed is None else changed
         scores = probabilities(router, logits)
-        rerouted = tap.through("router_probs", layer, scores, f"{router.probs}({name})") if router.probs != "chosen" else None
+        rerouted = tap.through("router_probs", layer, scores, f"{router.probs}({name})") if "router_probs" in router.sites else None
         if changed is None and rerouted is None:
             weights, indices = best_first(router, module, scores, weights, indices)
         else:

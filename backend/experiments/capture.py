@@ -139,7 +139,8 @@ class _Run:
         self._links = attention_analysis.Links(ids)
         self._predictions: list[dict[str, NDArray[Any]]] = []
         self.identities = Identities(engine.info, weight=_weight_or_none(engine), unembed=None if "unembed" in engine.unchecked else engine.unembed,
-                                     edited=edits_by_place(edits), limits=tolerances(engine.info.engine, engine.compute), unchecked=engine.unchecked)  # fmt: skip
+                                     edited=edits_by_place(edits), limits=tolerances(engine.info.engine, engine.compute), unchecked=engine.unchecked,
+                                     shared=layers_with_shared_expert(engine))  # fmt: skip
         self.n_layers, self._n_heads = engine.info.n_layers, engine.info.n_heads
         self._heads: dict[int, list[int]] = {}  # of each layer, those whose maps are kept
         self._means: dict[int, attention_analysis.RowMeans] = {}
@@ -254,6 +255,10 @@ def _weight_or_none(engine: Engine) -> Callable[[str, NDArray[np.int64]], NDArra
             return None
 
     return weight
+
+
+def layers_with_shared_expert(engine: Engine) -> set[int]:
+    return {layer for site, layer in engine.places if site == "shared_expert_out" and layer is not None}
 
 
 def _blank_thumbnails(n_heads: int, n_tokens: int) -> NDArray[np.uint8]:

@@ -15,39 +15,52 @@ from backend.engines import Engine, Piece, Request, ShouldStop, never_stop
 from backend.errors import Cancelled, LayerscopeError
 from backend.experiments import Context, Progress, no_progress
 from backend.intervention import Intervention, ablate_experts
-from backend.reports.expert_usage import Usage, find_usage
+from backend.reports.expert_usage import Usage, find_usage, frequent_tokens
 from backend.trace import Trace
 
 # What a sweep measures, in the order of its arrays.
 MEASURES = ("nll", "kl", "changed")
+MOST_PROMPTS = 200
 _MOST_BYTES = 1 << 30  # of one run's logits, two of which are in memory
 
 
 def sweep(engine: Engine, ids: Sequence[int], progress: Progress = no_progress, should_stop: ShouldStop = never_stop) -> tuple[list[int], NDArray[np.float32]]:
-    """Layers with a router, and (measure, layer, expert): what taking out that one expert does to the predictions over `ids`.
+    """`sweep_over` of a single prompt."""
+    return sweep_over(engine, [ids], progress, should_stop)
+
+
+def sweep_over(
+    engine: Engine, prompts: Sequence[Sequence[int]], progress: Progress = no_progress, should_stop: ShouldStop = never_stop
+) -> tuple[list[int], NDArray[np.float32]]:
+    """Layers with a router, and (measure, layer, expert): what taking out that one expert does to the predictions over the tokens of all prompts.
 
     nll: mean change of -ln p of the token that follows, nats (exp of it is the factor on perplexity); kl: mean KL(clean || without), nats;
-    changed: share of positions whose most probable token is another. One run each, unused experts too: with groups they can matter.
-    Raises LayerscopeError for a dense model, fewer than two tokens or logits beyond 1 GiB; Cancelled.
+    changed: share of positions whose most probable token is another. Every token counts alike, so a long prompt counts for more. One run for
+    each prompt and expert, unused experts too: with groups they can matter.
+    Raises LayerscopeError for a dense model, no prompt or more than 200, one of fewer than two tokens or with logits beyond 1 GiB; Cancelled.
     """
-    info, tokens = engine.info, list(ids)
+    info = engine.info
     layers = sorted(layer for site, layer in engine.places if site == "router_logits" and layer is not None)
     if not layers:
         raise LayerscopeError(f"{info.name} has no experts that could be taken out.")
-    if len(tokens) < 2:
+    if not 1 <= len(prompts) <= MOST_PROMPTS:
+        raise LayerscopeError(f"A sweep takes 1 to {MOST_PROMPTS} prompts, and {len(prompts)} are asked for.")
+    if min(map(len, prompts)) < 2:
         raise LayerscopeError("A sweep over experts needs two tokens at least: it measures how well each predicts the next.")
-    clean = logits_of(engine, tokens, (), should_stop)
-    found = np.zeros((len(MEASURES), len(layers), info.n_experts), np.float32)
-    places = [(i, layer, expert) for i, layer in enumerate(layers) for expert in range(info.n_experts)]
-    for number, (i, layer, expert) in enumerate(places):
-        progress("ablating experts", number, len(places))
-        if should_stop():
-            raise Cancelled
-        edit = ablate_experts(engine.places, layer, expert)
-        edit.check(info, len(tokens))
-        found[:, i, expert] = effect(clean, logits_of(engine, tokens, (edit,), should_stop), tokens)
-    progress("ablating experts", len(places), len(places))
-    return layers, found
+    edits = [(i, expert, ablate_experts(engine.places, layer, expert)) for i, layer in enumerate(layers) for expert in range(info.n_experts)]
+    total = np.zeros((len(MEASURES), len(layers), info.n_experts))
+    weights = np.zeros((len(MEASURES), 1, 1))
+    for number, tokens in enumerate(map(list, prompts)):
+        clean, n = logits_of(engine, tokens, (), should_stop), np.array([len(tokens) - 1, len(tokens), len(tokens)], np.float64)
+        for at, (i, expert, edit) in enumerate(edits):
+            progress("ablating experts", number * len(edits) + at, len(prompts) * len(edits))
+            if should_stop():
+                raise Cancelled
+            edit.check(info, len(tokens))
+            total[:, i, expert] += n * effect(clean, logits_of(engine, tokens, (edit,), should_stop), tokens)
+        weights += n[:, None, None]
+    progress("ablating experts", len(prompts) * len(edits), len(prompts) * len(edits))
+    return layers, (total / weights).astype(np.float32)
 
 
 def effect(clean: NDArray[np.float32], without: NDArray[np.float32], ids: Sequence[int]) -> tuple[float, float, float]:
@@ -79,16 +92,22 @@ def logits_of(engine: Engine, ids: list[int], edits: tuple[Intervention, ...] = 
 
 
 def expert_sweep_job(context: Context, params: dict[str, Any]) -> dict[str, Any]:
-    """Job: {"trace_id"} -> {"layers"}; the array (measure, layer, expert) lies in the cache under ("expert_sweep", trace id), the layers
-    under ("expert_sweep_layers", trace id)."""
-    with Trace(context.library.path_of(params["trace_id"])) as trace:
-        if trace.metadata.get("interventions"):
-            raise LayerscopeError("This trace was run with edits: a sweep compares with the model as it is. Run the prompt without them.")
-        context.progress("loading model", 0, 1)
-        engine = context.engine(trace.info.name, {})
-        layers, found = sweep(engine, trace.token_ids, context.progress, context.should_stop)
-        context.derived.put_array(("expert_sweep", trace.id), found)
-        context.derived.put_json(("expert_sweep_layers", trace.id), layers)
+    """Job: {"trace_ids": [ids of one model], "key"} -> {"layers"}: a sweep over the tokens of those traces. The array (measure, layer, expert)
+    lies in the cache under ("expert_sweep", key), the layers under ("expert_sweep_layers", key)."""
+    prompts: list[list[int]] = []
+    model = ""
+    for trace_id in params["trace_ids"]:
+        with Trace(context.library.path_of(trace_id)) as trace:
+            if trace.metadata.get("interventions"):
+                raise LayerscopeError(f"The trace of {trace.prompt[:40]!r} was run with edits: a sweep compares with the model as it is. Run the prompt without them.")
+            if prompts and trace.info.name != model:
+                raise LayerscopeError(f"A sweep is over prompts of one model, and these are of {model} and {trace.info.name}.")
+            model = trace.info.name
+            prompts.append(trace.token_ids)
+    context.progress("loading model", 0, 1)
+    layers, found = sweep_over(context.engine(model, {}), prompts, context.progress, context.should_stop)
+    context.derived.put_array(("expert_sweep", params["key"]), found)
+    context.derived.put_json(("expert_sweep_layers", params["key"]), layers)
     return {"layers": layers}
 
 
@@ -97,16 +116,16 @@ def expert_usage_job(context: Context, params: dict[str, Any]) -> dict[str, Any]
     is left out."""
     ids = [str(trace_id) for trace_id in params["traces"]]
 
-    def opened() -> Iterator[Trace]:
+    def opened(stage: str) -> Iterator[Trace]:
         for number, trace_id in enumerate(ids):
             if context.should_stop():
                 raise Cancelled
-            context.progress("traces", number, len(ids))
+            context.progress(stage, number, len(ids))
             path = context.library.path_of(trace_id)
             if path.is_file():
                 with Trace(path) as trace:
                     yield trace
 
-    found = find_usage(opened())
+    found = find_usage(opened("routing"), frequent_tokens(opened("tokens")))
     found.save(context.derived, Usage.key(params["model"], ids))
     return {"n_traces": len(found.trace_ids)}

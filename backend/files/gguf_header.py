@@ -32,12 +32,12 @@ MAX_WIDTH, MAX_VOCAB = 1 << 20, 1 << 24
 # are equally wide; in the first group RoPE also turns all of a head. Their projections are n_heads heads of that width and nothing else.
 _ROTARY_IS_WHOLE = frozenset((
     "apertus", "arcee", "arctic", "baichuan", "chameleon", "codeshell", "cohere2moe", "dbrx", "deepseek", "dots1", "ernie4_5", "ernie4_5-moe",
-    "exaone", "exaone4", "exaone-moe", "falcon", "granite", "grok", "grovemoe", "hunyuan-moe", "internlm2", "jais2", "llama", "llama4", "maincoder",
+    "exaone", "exaone4", "exaone-moe", "falcon", "granite", "granitemoe", "grok", "grovemoe", "hunyuan-moe", "internlm2", "jais2", "llama", "llama4", "maincoder",
     "mellum", "mistral3", "olmo", "olmo2", "olmoe", "orion", "pangu-embedded", "plamo", "qwen2", "qwen2moe", "qwen3",
     "qwen3moe", "seed_oss", "smallthinker", "smollm3", "starcoder2", "xverse",
 ))  # fmt: skip
 _HEADS_ARE_PLAIN = _ROTARY_IS_WHOLE | frozenset((
-    "bloom", "chatglm", "cohere2", "command-r", "glm4", "gpt2", "gptneox", "jais", "mpt", "phi2", "phi3", "qwen", "refact", "stablelm", "starcoder",
+    "bloom", "chatglm", "cohere2", "command-r", "glm4", "gpt2", "gptneox", "jais", "mpt", "phi2", "phi3", "phimoe", "qwen", "refact", "stablelm", "starcoder",
 ))  # fmt: skip
 _ROPE_SCALING = ("none", "linear", "yarn", "longrope")
 

@@ -70,6 +70,9 @@ ARCHITECTURES: dict[str, ConfigKeys] = {
     "starcoder2": ConfigKeys(tied=True, norm_eps="norm_epsilon", sliding_window="sliding_window"),
     "stablelm": ConfigKeys(norm_eps="layer_norm_eps"),
     "granite": ConfigKeys(),
+    "granitemoe": ConfigKeys(n_experts="num_local_experts", n_experts_used="num_experts_per_tok"),
+    # Its router picks two experts, whatever the configuration says.
+    "phimoe": ConfigKeys(n_experts="num_local_experts", n_experts_used="num_experts_per_tok", sliding_window="sliding_window", requires=(("num_experts_per_tok", 2),)),
     "gpt_oss": ConfigKeys(n_experts="num_local_experts", n_experts_used="num_experts_per_tok", sliding_window="sliding_window"),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,

@@ -35,7 +35,8 @@ class PlotOnPage(Flowable):
         self.canv.scale(self._scale, self._scale)
         FigureCanvasBase(self._made)
         self._made.set_dpi(_POINT)
-        self._made.draw(_Renderer(self.canv, *(_POINT * each for each in self._made.get_size_inches()), self._fonts))
+        width, height = (_POINT * each for each in self._made.get_size_inches())
+        self._made.draw(_Renderer(self.canv, width, height, self._fonts))
 
 
 class _Renderer(RendererBase):
@@ -81,7 +82,11 @@ class _Renderer(RendererBase):
 
     def draw_text(self, gc: GraphicsContextBase, x: float, y: float, s: str, prop: Any, angle: float, ismath: Any = False, mtext: Any = None) -> None:
         if ismath:  # powers of ten
-            self._draw_text_as_path(gc, x, y, s, prop, angle, ismath, mtext)
+            vertices, codes = self._text2path.get_text_path(prop, s, ismath=ismath)  # type: ignore[attr-defined]  # matplotlib's stubs leave it out
+            size = prop.get_size_in_points() / self._text2path.FONT_SCALE  # type: ignore[attr-defined]
+            fill = gc.get_rgb()
+            gc.set_linewidth(0)
+            self.draw_path(gc, Path(vertices, codes), Affine2D().scale(size).rotate_deg(angle).translate(x, y), fill)
             return
         self._canvas.saveState()
         self._clip(gc)
@@ -117,16 +122,18 @@ class _Renderer(RendererBase):
         canvas.setLineWidth(gc.get_linewidth())
         canvas.setLineCap(_CAPS[str(gc.get_capstyle())])
         canvas.setLineJoin(_JOINS[str(gc.get_joinstyle())])
-        canvas.setDash(list(map(float, dashes)) if dashes is not None else [], float(offset or 0))
+        canvas.setDash(np.asarray(dashes, dtype=float).tolist() if dashes is not None else [], float(offset or 0))
 
     def _clip(self, gc: GraphicsContextBase) -> None:
-        box, (path, transform) = gc.get_clip_rectangle(), gc.get_clip_path()
+        box, clip = gc.get_clip_rectangle(), gc.get_clip_path()
+        path: Any = clip[0]
         if box is not None:
             outline = self._canvas.beginPath()
-            outline.rect(*map(float, box.bounds))
+            x, y, width, height = box.bounds
+            outline.rect(float(x), float(y), float(width), float(height))
             self._canvas.clipPath(outline, stroke=0, fill=0)
         if path is not None:
-            self._canvas.clipPath(self._path(path, transform), stroke=0, fill=0)
+            self._canvas.clipPath(self._path(path, clip[1]), stroke=0, fill=0)
 
     def _hatch(self, gc: GraphicsContextBase, path: Path, transform: Transform) -> None:
         """The hatch is a pattern in the unit square: its tiles that meet the shape, cut off at its outline."""

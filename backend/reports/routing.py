@@ -15,6 +15,7 @@ from backend.analysis.moe_compare import Change, Similarity, changed, similarity
 from backend.errors import LayerscopeError
 from backend.trace import Trace
 
+_SIZES = ("n_layers", "n_heads", "d_model", "d_vocab")
 SITES = ("router_logits", "router_probs", "expert_indices", "expert_weights")
 
 
@@ -42,8 +43,11 @@ def layer_measures(routing: moe.Routing) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def routing_report(trace: Trace) -> dict[str, Any]:
-    """Every layer of a trace as JSON. Raises LayerscopeError for a dense model or a trace without its chosen experts."""
+def routing_report(trace: Trace, full: bool = False) -> dict[str, Any]:
+    """Every layer of a trace as JSON; `full`: with pairs, transitions, texts and each token's margin and entropy as well.
+
+    Raises LayerscopeError for a dense model or a trace without its chosen experts.
+    """
     if not trace.info.is_moe:
         raise LayerscopeError(f"{trace.info.name} is dense: it has no experts and no routing.")
     layers = routing_layers(trace)
@@ -51,7 +55,25 @@ def routing_report(trace: Trace) -> dict[str, Any]:
         raise LayerscopeError(f"The trace {trace.id} holds no expert_indices: run the prompt again with them captured.")
     return {
         "trace_id": trace.id, "path": str(trace.path), "model": trace.info.name, "prompt": trace.prompt, "response": trace.response, "n_tokens": trace.n_tokens,
-        "layers": [_layer(trace.routing(layer)) for layer in layers],
+        "layers": [{**_layer(trace.routing(layer)), **(_full(trace, layer) if full else {})} for layer in layers],
+    }  # fmt: skip
+
+
+def _full(trace: Trace, layer: int) -> dict[str, Any]:
+    """What grows with experts x experts or with tokens, of one layer."""
+    routing, n = trace.routing(layer), trace.info.n_experts
+    later = [each for each in routing_layers(trace) if each > layer]
+    scores = routing.logits if routing.logits is not None else routing.probs
+    labels, counts, share = moe.specialisation(routing.indices, trace.token_texts, n)
+    rows = [{"token": label, "n": int(count), "experts": {str(e): round(float(row[e]), 6) for e in np.flatnonzero(row)}}
+            for label, count, row in zip(labels, counts, share, strict=True)]  # fmt: skip
+    return {
+        "co_activation": moe.co_activation(routing.indices, n).tolist(),
+        "transitions": {"to": later[0], "counts": moe.transitions(routing.indices, trace["expert_indices", later[0]], n).tolist()} if later else None,
+        "specialisation": rows,
+        "margins": None if scores is None else [finite(float(value)) for value in moe.margins(scores, routing.indices)],
+        "ties": None if scores is None else [{"position": at, "experts": experts} for at, experts in moe.ties(scores, routing.indices)],
+        "token_entropy": None if routing.probs is None else [float(value) for value in moe.router_entropy(routing.probs)],
     }  # fmt: skip
 
 
@@ -87,6 +109,34 @@ def overall(found: Sequence[LayerComparison]) -> float | None:
     return float(np.concatenate(every).mean()) if every else None
 
 
+def changed_in_some_layer(found: Sequence[LayerComparison]) -> float | None:
+    """Share of tokens whose set of experts differs in one layer at least; None where the tokens differ."""
+    every = [each.change.sets for each in found if each.change is not None]
+    return float(np.mean(np.any(every, axis=0))) if every else None
+
+
+def comparison_words(trace: Trace, other: Trace, found: Sequence[LayerComparison]) -> str:
+    """The comparison in one sentence, which names what differs between the two runs: "Quantization changed the routing of 3.1% of tokens ..."."""
+    share, some = overall(found), changed_in_some_layer(found)
+    if share is None or some is None:
+        mean = _mean([finite(each.alike.cosine) for each in found])
+        alike = "nothing to compare" if mean is None else f"a mean cosine of {mean:.3f}"
+        return f"Different tokens: the loads of {trace.info.name} and {other.info.name} have {alike} over {len(found)} layers."
+    layers = f"mean over {len(found)} layers" if len(found) > 1 else "one layer"
+    return f"{_cause(trace, other)} changed the routing of {share:.1%} of tokens ({layers}); {some:.1%} of {trace.n_tokens:,} tokens have other experts in some layer."
+
+
+def _cause(trace: Trace, other: Trace) -> str:
+    a, b = trace.info, other.info
+    if any(getattr(a, size) != getattr(b, size) for size in _SIZES):  # the two engines name an architecture differently
+        return f"The other model ({b.name} for {a.name})"
+    if trace.metadata.get("interventions", []) != other.metadata.get("interventions", []):
+        return "The edit"
+    if a.quantization != b.quantization:
+        return f"Quantization ({a.quantization} to {b.quantization})"
+    return f"The other engine ({trace.engine} to {other.engine})" if trace.engine != other.engine else "The other run"
+
+
 def comparison_report(trace: Trace, other: Trace) -> dict[str, Any]:
     """`compare` as JSON, with means over the layers."""
     found = compare(trace, other)
@@ -95,7 +145,8 @@ def comparison_report(trace: Trace, other: Trace) -> dict[str, Any]:
         change = None if each.change is None else {"sets": each.change.share, "first": float(each.change.first.mean()), "slots": each.change.slots}
         rows.append({"layer": each.layer, **{name: finite(value) for name, value in dataclasses.asdict(each.alike).items()}, "changed": change})
     mean = {name: _mean([row[name] for row in rows]) for name in ("cosine", "pearson", "jensen_shannon")}
-    return {"a": trace.id, "b": other.id, "overall": {**mean, "changed": overall(found)}, "layers": rows}
+    whole = {**mean, "changed": overall(found), "changed_in_some_layer": changed_in_some_layer(found)}
+    return {"a": trace.id, "b": other.id, "says": comparison_words(trace, other, found), "overall": whole, "layers": rows}
 
 
 def finite(value: Any) -> Any:

@@ -29,30 +29,34 @@ _BASELINE = {"nll": _NUMBER, "perplexity": _NUMBER, "ci": _CI}
 _LOSS = {"nll": _NUMBER, "perplexity": _NUMBER, "ratio": _NUMBER, "ci": _CI}
 _TENSOR = {
     "name": _TEXT, "layer": _PLACE, "component": _TEXT, "n": _COUNT, "mean": _NUMBER, "max": _NUMBER, "n_top": _COUNT,
-    "histogram": {"log10_edges": [_NUMBER], "counts": [_COUNT]},
+    "histogram": {"log10_edges": [_NUMBER], "counts": [_COUNT]}, **dict.fromkeys(("std", "p50", "p90", "p99", "p999", "zeros"), _NUMBER),
 }  # fmt: skip
 _STATS = {
     "metric": _TEXT, "mode": _TEXT, "tensors": [_TENSOR],
-    "perturbation": _Maybe({"op": _TEXT, "scale": _NUMBER, "baseline": _BASELINE, "runs": [
-        {"selection": _TEXT, "seed": _PLACE, "n": _COUNT, "changed": _COUNT, "not_representable": _COUNT, **_LOSS}]}),
+    "perturbation": _Maybe({"op": _TEXT, "scale": _NUMBER, "bit": _PLACE, "baseline": _BASELINE, "runs": [
+        {"selection": _TEXT, "seed": _PLACE, "n": _COUNT, "changed": _COUNT, "not_representable": _COUNT, "n_others": _COUNT, **_LOSS}]}),
     "stability": _Maybe({"ks": [_COUNT], "pairs": [{"kind": _TEXT, "a": _TEXT, "b": _TEXT, "jaccard": {}, "spearman": _NUMBER}]}),
     "pruning": _Maybe({"metric": _TEXT, "within": _TEXT, "baseline": _BASELINE, "rows": [{"sparsity": _NUMBER, "zeros": _NUMBER, "divergence": [_NUMBER], **_LOSS}]}),
     "gradient_flow": _Maybe({"layers": [_COUNT], "components": [_TEXT], "norm": [[_NUMBER]], "n_windows": _COUNT}),
     "super_weights": _Maybe({"threshold": _NUMBER, "random": _Maybe({"n": _COUNT, "worst_ratio": _NUMBER}), "candidates": [
         {"layer": _COUNT, "name": _TEXT, "expert": _PLACE, "row": _COUNT, "column": _COUNT, "value": _NUMBER, "magnitude_rank": _PLACE, "input_spike": _NUMBER,
-         "output_spike": _NUMBER, "persistence": _NUMBER, "ratio": _NUMBER, "ci": _CI, "status": _TEXT}]}),
+         "output_spike": _NUMBER, "persistence": _NUMBER, "ratio": _NUMBER, "ci": _CI, "status": _TEXT}], "published": [
+            {"layer": _COUNT, "row": _COUNT, "column": _COUNT, "ratio": _NUMBER, "source": _TEXT}]}),
 }  # fmt: skip
 _MANIFEST = {
-    "id": _TEXT, "created": _TEXT, "command": [_TEXT], "spec": {}, "notes": [_TEXT],
-    "model": {"name": _TEXT, "architecture": _TEXT, "n_layers": _COUNT, "n_params": _PLACE, "engine": _TEXT},
+    "id": _TEXT, "created": _TEXT, "command": [_TEXT], "spec": {"metric": _TEXT, "mode": _TEXT, "topk": _COUNT}, "notes": [_TEXT],
+    "model": {"name": _TEXT, "architecture": _TEXT, "n_layers": _COUNT, "n_params": _PLACE, "quantization": _TEXT, "engine": _TEXT},
     "text": {"name": _TEXT, "sha256": _TEXT, "n_windows": _COUNT, "n_tokens": _COUNT, "window": _COUNT},
 }  # fmt: skip
+# (part, its list, field of a row) -> what the field may be
+_CHOICES = {("perturbation", "runs", "selection"): ("top_k", "random_k", "bottom_k"), ("stability", "pairs", "kind"): ("seed", "sample", "metric"),
+            ("super_weights", "candidates", "status"): ("published", "found", "confirmed")}  # fmt: skip
 _LIMITS = {"tensors": MAX_TENSORS, "layers": MAX_LAYERS, "divergence": MAX_LAYERS, "counts": MAX_BINS, "log10_edges": MAX_BINS}
 
 
 def checked(run: SensitivityRun) -> SensitivityRun:
     """The same run. Raises LayerscopeError with the place that is not as docs/sensitivity.md says."""
-    wrong = _wrong(run.manifest, _MANIFEST, "manifest") or _wrong(run.stats, _STATS, "statistics") or _lengths(run.stats) or _top(run)
+    wrong = _wrong(run.manifest, _MANIFEST, "manifest") or _wrong(run.stats, _STATS, "statistics") or _choices(run.stats) or _lengths(run.stats) or _top(run)
     if wrong:
         raise LayerscopeError(f"The run in {run.folder} is damaged: {wrong}.")
     return run
@@ -97,6 +101,14 @@ def _is(value: Any, kind: str) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
+def _choices(stats: dict[str, Any]) -> str:
+    for (part, rows, field), choices in _CHOICES.items():
+        for i, row in enumerate((stats.get(part) or {rows: []})[rows]):
+            if row[field] not in choices:
+                return f"statistics.{part}.{rows}[{i}].{field} is {row[field][:40]!r}, not one of {', '.join(choices)}"
+    return ""
+
+
 def _lengths(stats: dict[str, Any]) -> str:
     """Lists that must fit one another."""
     for tensor in stats["tensors"]:
@@ -108,6 +120,8 @@ def _lengths(stats: dict[str, Any]) -> str:
     flow = stats.get("gradient_flow")
     if flow and [len(row) for row in flow["norm"]] != [len(flow["layers"])] * len(flow["components"]):
         return f"the gradient norms are not {len(flow['components'])} components x {len(flow['layers'])} layers"
+    if len({len(row["divergence"]) for row in (stats.get("pruning") or {"rows": []})["rows"]}) > 1:
+        return "the divergences of the pruning study are not of as many layers each"
     for pair in (stats.get("stability") or {"pairs": []})["pairs"]:
         if not all(key.isdigit() and _is(value, _NUMBER) for key, value in pair["jaccard"].items()):
             return "a Jaccard overlap of the stability check is no number at a whole k"

@@ -116,11 +116,12 @@ def _pair(i: int, j: int, a: SensitivityRun, b: SensitivityRun, tests: _Tests, n
     one_text = all(a.manifest["text"][key] == b.manifest["text"][key] for key in ("sha256", "n_windows", "window"))
     sizes, others = ({row["name"]: row["n"] for row in run.stats["tensors"]} for run in (a, b))
     shared = {name: n for name, n in sizes.items() if name in others}
-    same_design = all(a.manifest["model"][key] == b.manifest["model"][key] for key in ("architecture", "n_layers"))
-    alike = same_design and bool(shared) and all(others[name] == n for name, n in shared.items())
+    # not the architecture: engines name it differently (a mistral is a llama to llama.cpp), and a quantized variant is worth comparing
+    same_depth = a.manifest["model"]["n_layers"] == b.manifest["model"]["n_layers"]
+    alike = same_depth and bool(shared) and all(others[name] == n for name, n in shared.items())
     weights = None
     if not alike:
-        notes.append(f"Weights of {a.label} and {b.label} are not compared one by one: the models differ in architecture, depth, or the sizes of their tensors.")
+        notes.append(f"Weights of {a.label} and {b.label} are not compared one by one: the models differ in depth, or in the sizes of their tensors.")
     elif a.stats["mode"] != b.stats["mode"]:
         notes.append(f"Weights of {a.label} and {b.label} are not compared one by one: one is ranked {a.stats['mode']}, the other {b.stats['mode']}.")
     else:

@@ -133,7 +133,11 @@ def super_weights(run: SensitivityRun) -> Figure:
         if mine:
             x, y = ([abs(each[end]) for each in mine] for end in ("input_spike", "output_spike"))
             left.plot(x, y, marker, color=colour, label=f"{status} ({len(mine)})", markersize=4)
-    left.set(xscale="log", yscale="log", xlabel="spike at the input of W_out, |x|", ylabel="spike at its output, |y|", title=f"Candidates (n = {len(candidates)})")
+    for axis, end in (("x", "input_spike"), ("y", "output_spike")):
+        sizes = [abs(each[end]) for each in spiking]
+        if sizes and max(sizes) / min(sizes) >= _DECADE:
+            left.set(**{f"{axis}scale": "log"})
+    left.set(xlabel="spike at the input of W_out, |x|", ylabel="spike at its output, |y|", title=f"Candidates (n = {len(candidates)})")
     left.margins(0.12)
     left.legend(loc="upper left")
     shown = sorted((each for each in candidates if each["ratio"] is not None and each["ratio"] > 0), key=lambda each: -each["ratio"])[:_CANDIDATES]
@@ -145,7 +149,7 @@ def super_weights(run: SensitivityRun) -> Figure:
     if worst:
         right.axvline(worst, color=QUIET, linewidth=0.8, linestyle=":", label=f"worst of {part['random']['n']:,} random weights")
         right.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0))  # beside the title, where no point can be
-    right.set(ylim=(len(shown) - 0.5, -0.5), xlabel="perplexity / baseline", title="Set to 0, one at a time")
+    right.set(ylim=(len(shown) - 0.5, -0.5), xlabel="perplexity / baseline", title="Each set to 0")
     _ratio_axis(right, "x", shown, worst or 1.0)
     right.tick_params(axis="y", length=0)
     for axes in (left, right):
@@ -176,10 +180,12 @@ def _errors(rows: Sequence[dict[str, Any]]) -> Any:
 def _ratio_axis(axes: Axes, which: str, rows: Iterable[dict[str, Any]], also: float) -> None:
     """Logarithmic where the ratios span decades, with numbers instead of powers."""
     values = [value for row in rows for value in (row["ratio"], *(row["ci"] or ())) if value is not None and value > 0] + [1.0, also]
+    axis = axes.xaxis if which == "x" else axes.yaxis
     if max(values) / min(values) < _DECADE:
+        axis.set_major_locator(MaxNLocator(nbins=5))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.7g}"))
         return
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
-    axis = axes.xaxis if which == "x" else axes.yaxis
     wide = max(values) / min(values) > 100
     axis.set_major_locator(LogLocator(subs=(1.0,) if wide else (1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}" if 1e-3 <= value < 1e6 else f"{value:.0e}"))
@@ -212,10 +218,12 @@ def _place(each: dict[str, Any]) -> str:
 
 
 def number(value: float | None) -> str:
-    """A ratio or perplexity as figures and tables write it."""
+    """A ratio or perplexity as figures and tables write it: a ratio near 1 with two digits of what it differs by, 6 places at most."""
     if value is None:
         return "none"
     size = abs(value)
+    if 0.5 < size < 2 and value != 1:
+        return f"{value:.{min(max(3, 1 - math.floor(math.log10(abs(value - 1)))), 6)}f}"
     if 0.01 <= size < 1e6:
         return f"{value:,.{3 if size < 2 else 2 if size < 100 else 0}f}"
     return f"{value:.2e}"

@@ -145,7 +145,8 @@ def _write_numbers(axes: Axes, values: NDArray[np.float64]) -> None:
     shade: Any = np.ma.asarray(axes.images[0].norm(np.ma.masked_invalid(values)))
     for row, column in np.argwhere(np.isfinite(values)):
         dark = shade[row, column] > 0.5
-        text = f"{values[row, column]:.0f}" if values[row, column] == round(values[row, column]) else f"{values[row, column]:.1e}"
+        value = float(values[row, column])
+        text = f"{value:.0f}" if value == round(value) else f"{value:.2g}" if 0.01 <= abs(value) < 100 else f"{value:.1e}"
         axes.text(column, row, text, ha="center", va="center", fontsize=5.5, color="white" if dark else INK)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,8 @@ FOLDER = "sensitivity"  # of the data folder: the page's runs, one folder each, 
 TOP_COLUMNS = ("scope", "rank", "name", "layer", "component", "expert", "row", "column", "value", "score", "percentile")
 _JSON_LIMIT = 64 << 20
 _TOP_LIMIT = 256 << 20
+_MANIFEST_LIMIT = 1 << 20  # of one in a list
+_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _INTEGERS = ("rank", "layer", "expert", "row", "column")
 _NUMBERS = ("value", "score", "percentile")
 
@@ -85,3 +89,42 @@ def runs(data_dir: Path) -> Iterator[SensitivityRun]:
             yield open_run(folder)
         except LayerscopeError:
             continue
+
+
+def run_folder(data_dir: Path, run_id: str) -> Path:
+    """The folder of one of the page's runs. Raises LayerscopeError for a name that is none of a folder there."""
+    if not _ID.fullmatch(run_id):
+        raise LayerscopeError(f"{run_id[:80]!r} is not the id of a sensitivity run; ids are 1 to 64 characters of a-z, A-Z, 0-9, _ and -.")
+    folder = data_dir / FOLDER / run_id
+    if folder.is_symlink() or not folder.is_dir():
+        raise LayerscopeError(f"There is no sensitivity run {run_id!r}; it may have been deleted.")
+    return folder
+
+
+def delete_run(data_dir: Path, run_id: str) -> None:
+    """Delete one of the page's runs with its folder: first out of the list, then from the disk. Raises LayerscopeError."""
+    folder = run_folder(data_dir, run_id)
+    gone = folder.with_name(f".{folder.name}.deleted")
+    try:
+        shutil.rmtree(gone, ignore_errors=True)
+        folder.rename(gone)
+        shutil.rmtree(gone)
+    except OSError as error:
+        raise LayerscopeError(f"The run {run_id!r} cannot be deleted: {error.strerror}.") from None
+
+
+def manifests(data_dir: Path) -> list[dict[str, Any]]:
+    """What the page's runs say of themselves, newest first, each with `folder`, the name of its folder; nothing else of them is read.
+
+    What says nothing readable is left out; opened by its id, it says why.
+    """
+    found: list[tuple[float, dict[str, Any]]] = []
+    for path in (data_dir / FOLDER).glob(f"*/{MANIFEST}"):
+        try:
+            manifest = read_json(path, _MANIFEST_LIMIT)
+            spec, model = manifest["spec"], manifest["model"]
+            if _ID.fullmatch(path.parent.name) and all(isinstance(text, str) for text in (manifest["created"], model["name"], spec["metric"], spec["mode"])):
+                found.append((path.stat().st_mtime, {**manifest, "folder": path.parent.name}))
+        except (LayerscopeError, OSError, KeyError, TypeError):
+            continue
+    return [manifest for _, manifest in sorted(found, key=lambda each: each[0], reverse=True)]

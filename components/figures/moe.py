@@ -48,13 +48,16 @@ def load_heatmap(counts: NDArray[np.integer], layers: Sequence[int], chosen: int
 
 def first_choice_map(routings: Sequence[Routing], labels: Sequence[str], start: int, chosen: tuple[int, int], theme: str = "light") -> go.Figure:
     """The first expert of every token in every layer. labels: of the tokens that are shown, the first of which is position `start`;
-    chosen: (layer, position) to frame. A click gives x = token - start, y = row."""
+    chosen: (layer, position) to frame. A click gives x = token - start, y = row.
+
+    Where there are names in `meta`, the browser puts them before what a cell says (assets/moe.js): written into every cell they would be most of the figure.
+    """
     n, layers = len(labels), [each.layer for each in routings]
     first = np.stack([each.indices[start : start + n, 0] for each in routings])
-    hovers = [[f"layer {each.layer}, {escape(label)} (position {start + i})<br>{choices(each, start + i)}" for i, label in enumerate(labels)] for each in routings]
+    chosen_by = [[choices(each, at) for at in range(start, start + n)] for each in routings]
     n_experts = routings[0].n_experts
     steps = [[edge, colour] for e, colour in enumerate(expert_colours(n_experts, theme)) for edge in (e / n_experts, (e + 1) / n_experts)]
-    cells = go.Heatmap(z=compact(first), customdata=hovers, hovertemplate="%{customdata}<extra></extra>", zmin=-0.5, zmax=n_experts - 0.5, name="first expert",
+    cells = go.Heatmap(z=compact(first), customdata=chosen_by, hoverinfo="none", zmin=-0.5, zmax=n_experts - 0.5, name="first expert",
                        xgap=1 if n <= 128 else 0, ygap=1, colorscale=steps, showscale=False)  # fmt: skip
     found = figure(theme, cells)
     if chosen[0] in layers and start <= chosen[1] < start + n:
@@ -66,19 +69,18 @@ def first_choice_map(routings: Sequence[Routing], labels: Sequence[str], start: 
 
 
 def choices(routing: Routing, position: int) -> str:
-    """All k experts of a token with their weights: "expert 3 (0.62), expert 5 (0.38)"."""
-    experts = routing.indices[position]
+    """All k experts of a token with their weights: "expert 3 (0.62), 5 (0.38)"."""
+    experts = routing.indices[position].tolist()
     if routing.weights is None:
-        return ", ".join(f"expert {e}" for e in experts)
-    return ", ".join(f"expert {e} ({w:.2f})" for e, w in zip(experts, routing.weights[position], strict=True))
+        return "expert " + ", ".join(map(str, experts))
+    return "expert " + ", ".join([f"{e} ({w:.2f})" for e, w in zip(experts, routing.weights[position].tolist(), strict=True)])
 
 
 def router_heatmap(probs: NDArray[np.floating], labels: Sequence[str], start: int, position: int, theme: str = "light") -> go.Figure:
     """The router's probability of every expert at every token. probs: (token, expert) of the tokens that are shown."""
     values = np.asarray(probs, dtype=np.float32).T
-    hovers = [[f"{escape(label)} (position {start + i})<br>expert {e}: {values[e, i]:.4f}" for i, label in enumerate(labels)] for e in range(len(values))]
     top = float(values.max()) if values.size else 1.0
-    cells = go.Heatmap(z=compact(values), customdata=hovers, hovertemplate="%{customdata}<extra></extra>", zmin=0, zmax=top or 1.0, name="router probability",
+    cells = go.Heatmap(z=compact(values), hoverinfo="none", zmin=0, zmax=top or 1.0, name="router probability",
                        ygap=1 if len(values) <= 32 else 0, colorscale=sequential(theme), colorbar=scale_bar(nticks=4))  # fmt: skip
     found = figure(theme, cells, plot_bgcolor=colours(theme)["line"])
     if start <= position < start + len(labels):
@@ -92,9 +94,7 @@ def router_heatmap(probs: NDArray[np.floating], labels: Sequence[str], start: in
 def expert_pairs(values: NDArray[np.floating], counts: NDArray[np.integer], down: str, across: str, unit: str, theme: str = "light") -> go.Figure:
     """A matrix of experts against experts. values: (expert, expert) shares, NaN where there are none; counts: the tokens behind them."""
     finite = values[np.isfinite(values)]
-    hovers = [[f"{down} {i}, {across} {j}<br>{counts[i, j]:,} tokens" + (f", {values[i, j]:.1%}" if np.isfinite(values[i, j]) else "") for j in range(len(values))]
-              for i in range(len(values))]  # fmt: skip
-    cells = go.Heatmap(z=compact(values), customdata=hovers, hovertemplate="%{customdata}<extra></extra>", zmin=0, zmax=(float(finite.max()) if len(finite) else 0) or 1.0,
+    cells = go.Heatmap(z=compact(values), customdata=np.ascontiguousarray(counts, np.int32), hoverinfo="none", zmin=0, zmax=(float(finite.max()) if len(finite) else 0) or 1.0,
                        name=unit, xgap=1 if len(values) <= 32 else 0, ygap=1 if len(values) <= 32 else 0, colorscale=sequential(theme), hoverongaps=True,
                        colorbar=scale_bar(nticks=4, tickformat=".0%"))  # fmt: skip
     found = figure(theme, cells, plot_bgcolor=colours(theme)["line"])
@@ -149,25 +149,6 @@ def effect_heatmap(values: NDArray[np.floating], layers: Sequence[int], unit: st
     _layer_axis(found, layers)
     with_names(found, [f"expert {e}" for e in range(values.shape[1])], [f"L{layer}" for layer in layers])
     return with_scale(found, unit, theme)
-
-
-def usage_heatmap(counts: NDArray[np.integer], names: Sequence[str], theme: str = "light") -> go.Figure:
-    """Share of one layer's choices that went to each expert, a row for each category or trace. counts: (row, expert); a row of zeros is a gap."""
-    total = counts.sum(axis=1, keepdims=True)
-    values = np.divide(counts, total, out=np.full(counts.shape, np.nan), where=total > 0)
-    n_experts = counts.shape[1]
-    hovers = [[f"{escape(name)}<br>expert {e}: {counts[i, e]:,} of {total[i, 0]:,} choices" + (f", {values[i, e]:.1%}" if total[i, 0] else "") for e in range(n_experts)]
-              for i, name in enumerate(names)]  # fmt: skip
-    top = float(np.nanmax(values)) if np.isfinite(values).any() else 1.0
-    cells = go.Heatmap(z=compact(values), customdata=hovers, hovertemplate="%{customdata}<extra></extra>", hoverongaps=True, zmin=0, zmax=top, xgap=1,
-                       ygap=1 if len(names) <= 48 else 0, name="share of choices", colorscale=sequential(theme), colorbar=scale_bar(nticks=4, tickformat=".0%"))  # fmt: skip
-    found = figure(theme, cells, plot_bgcolor=colours(theme)["line"])
-    found.update_xaxes(title="expert", side="top", showgrid=False, zeroline=False, dtick=max(1, n_experts // 32))
-    step = max(1, -(-len(names) // 24))
-    found.update_yaxes(autorange="reversed", showgrid=False, zeroline=False, tickmode="array", tickvals=list(range(0, len(names), step)),
-                       ticktext=[escape(name) for name in list(names)[::step]])  # fmt: skip
-    with_names(found, [f"expert {e}" for e in range(n_experts)], names)
-    return with_scale(found, f"share of choices; even: {1 / n_experts:.1%}", theme)
 
 
 def change_lines(layers: Sequence[int], changed: NDArray[np.floating], first: NDArray[np.floating], chosen: int, theme: str = "light") -> go.Figure:

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parent.parent.parent
 WAIT_MS = 100_000  # generous: other tests share the machine
 PROMPTS = ("The capital of France is", "Mary gave Mary the book", "The capital of Italy is")
 PAGES = ("/", "/library", "/jobs", "/batch", "/generate", "/trace", "/attention", "/activations", "/lens", "/logits", "/attribution", "/neurons", "/embeddings", "/architecture",
-         "/graph", "/weights", "/quantization")  # fmt: skip
+         "/graph", "/weights", "/quantization", "/sensitivity")  # fmt: skip
 CONTROLS = {"button", "link", "textbox", "combobox", "checkbox", "radio", "slider", "spinbutton", "listbox", "option", "grid", "DisclosureTriangle", "searchbox"}
 
 

@@ -85,7 +85,7 @@ def test_the_page_shows_the_routing_of_the_trace(moe_server, opened):
     np.testing.assert_allclose(drawn(page, "moe-probs"), routing.probs.T, atol=1e-7)
     titles = page.locator("#moe-strip .moe-tok").evaluate_all("all => all.map(each => each.title)")
     e, w = routing.indices[3], routing.weights[3]
-    assert len(titles) == trace.n_tokens and titles[3] == f"position 3: expert {e[0]} ({w[0]:.2f}), expert {e[1]} ({w[1]:.2f})"
+    assert len(titles) == trace.n_tokens and titles[3] == f"position 3: expert {e[0]} ({w[0]:.2f}), {e[1]} ({w[1]:.2f})"
     assert page.locator("#moe-strip b").count() == 0  # the prompt's markup stays text
     row = page.locator("#moe-measures tr.chosen td").all_inner_texts()
     load = moe.load(routing.counts)
@@ -105,6 +105,20 @@ def test_a_click_on_the_map_chooses_layer_and_token_and_a_reload_gives_the_same_
     page.wait_for_function("() => document.querySelector('#moe-strip .chosen')?.title.startsWith('position 4:')")
 
 
+def test_a_cell_says_its_place_and_value_when_the_pointer_is_over_it(moe_server, opened):
+    trace = moe_server[1]
+    page = opened(trace, layer=1)
+    routing = trace.routing(1)
+    for graph, at, says in (
+        ("moe-map", {"x": 4, "y": 1}, f"expert {routing.indices[4, 0]} ({routing.weights[4, 0]:.2f}), {routing.indices[4, 1]} ({routing.weights[4, 1]:.2f})"),
+        ("moe-probs", {"x": 4, "y": 2}, f"router probability {routing.probs[4, 2]:.4f}"),
+        ("moe-together", {"x": 0, "y": 2}, f"{moe.co_activation(routing.indices, 5)[2, 0]} tokens"),
+    ):
+        page.evaluate("([id, at]) => window.dash_clientside.set_props(id, {hoverData: {points: [at]}})", [graph, at])
+        page.wait_for_function("says => document.querySelector('.tip')?.innerText.includes(says)", arg=says)
+    assert page.locator(".tip div").first.inner_text() == "expert 2, also expert 0"
+
+
 def test_two_traces_are_compared_token_by_token(moe_server, opened):
     _, trace, cut, _ = moe_server
     page = opened(trace, layer=1, against=cut.id)
@@ -112,7 +126,8 @@ def test_two_traces_are_compared_token_by_token(moe_server, opened):
     found = compare(trace, cut)
     routed = (trace.routing(1).indices == 2).any(axis=1)
     assert found[0].change.share == 0 and found[1].change.sets.tolist() == routed.tolist()
-    assert f"chose other experts for {overall(found):.1%} of {trace.n_tokens} tokens" in page.locator("#moe-sentence").inner_text()
+    assert f"The edit changed the routing of {overall(found):.1%} of tokens" in page.locator("#moe-sentence").inner_text()
+    assert page.locator("#moe-alike tr.total td").nth(1).inner_text() == f"{overall(found):.1%}"
     assert page.locator("#moe-alike tr.chosen td").nth(1).inner_text() == f"{routed.mean():.1%}"
     assert query_of(page)["against"] == cut.id
 

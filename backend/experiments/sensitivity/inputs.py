@@ -2,14 +2,15 @@
 
 Sums are float64 and run over all tokens of all windows. Matrices that read the same values share a sum. For obs a sum is a Gram
 matrix, the inputs squared times 8 bytes: as many as GRAM_BYTES hold are summed in one pass over the text, then inverted one by one
-and dropped, and further passes do the rest.
+and dropped, and further passes do the rest. What enters the last matrix of experts is no site: it takes a forward pass of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +18,15 @@ from scipy.linalg.blas import dsyrk
 
 from backend.analysis.sensitivity import inverse_diagonal
 from backend.engines import Engine, Piece, Request, ShouldStop, never_stop
+from backend.engines.expert_inputs import ShowsExpertInputs
 from backend.errors import LayerscopeError
 from backend.experiments import Progress, no_progress
+from backend.weights import Weights, open_weights
 
 GRAM_BYTES = 2 << 30  # of the Gram matrices of one pass: one of 16,384 inputs
 INPUTS = "inputs of matrices, windows"
+
+HIDDEN = "expert_hidden"  # beside the sites: what enters W_out of each expert (backend.engines.expert_inputs)
 
 _ATTENTION, _MLP = ("ln1_out", "resid_pre"), ("ln2_out", "resid_mid", "ln1_out")
 # Component -> sites, of which the first that the layer has holds its input. Without a norm before it a block reads the residual stream itself
@@ -32,6 +37,7 @@ _READS: dict[str, tuple[str, ...]] = {
     **{f"mlp.W_{x}": _MLP for x in ("gate", "in", "router")},
     **{f"mlp.shared.W_{x}": _MLP for x in ("gate", "in")},
     **{f"mlp.experts.W_{x}": _MLP for x in ("gate", "in")},
+    "mlp.experts.W_out": (HIDDEN,),
     "mlp.W_out": ("mlp_post",),
     "unembed.W_U": ("ln_final_out",),
 }
@@ -57,7 +63,8 @@ def source_of(engine: Engine, name: str) -> Source:
     by_expert = component.startswith("mlp.experts.")
     for site in _READS.get(component, ()):
         source = Source(*_before(site, layer), by_expert)
-        if (source.site, source.layer) in engine.places and not (by_expert and ("expert_indices", layer) not in engine.places):
+        there = source.site == HIDDEN or (source.site, source.layer) in engine.places
+        if there and (not by_expert or ("expert_indices", layer) in engine.places):
             return source
     able = [each for each in _READS if each.startswith(("attn", "mlp"))]
     raise LayerscopeError(f"The input of {name[:80]} is no site of {engine.info.name} ({engine.info.architecture}), and wanda and obs need it; "
@@ -84,9 +91,12 @@ def input_vectors(engine: Engine, windows: Sequence[list[int]], sources: Sequenc
     found: dict[Unit, NDArray[np.float64]] = {}
     for i, units in enumerate(groups):
         sums = (Squares if metric == "wanda" else Grams)({unit: width(engine, unit[0]) for unit in units})
-        request = Request(tuple(sorted(_sites(units))), tuple(sorted({source.layer for source, _ in units if source.layer is not None})) or None)
+        at_sites, hidden = [unit for unit in units if unit[0].site != HIDDEN], [unit for unit in units if unit[0].site == HIDDEN]
         for done, window in enumerate(windows, 1):
-            engine.run(window, request, Gathering(sums.add, units), should_stop=should_stop)
+            if at_sites:
+                engine.run(window, _request(at_sites), Gathering(sums.add, at_sites), should_stop=should_stop)
+            if hidden:
+                _hidden(engine, window, hidden, sums.add, should_stop)
             progress(INPUTS, i * len(windows) + done, len(groups) * len(windows))
         found.update(sums.finished())
     return {source: np.stack([found[source, expert] for expert in range(engine.info.n_experts)]) if source.by_expert else found[source, 0] for source in dict.fromkeys(sources)}
@@ -95,7 +105,14 @@ def input_vectors(engine: Engine, windows: Sequence[list[int]], sources: Sequenc
 def width(engine: Engine, source: Source) -> int:
     """How many inputs a source has."""
     info = engine.info
+    if source.site == HIDDEN:
+        return weights_of(engine).lazy(f"blocks.{source.layer}.mlp.experts.W_out").shape[-1]
     return {"z": info.n_heads * info.dims["d_head_v"], "mlp_post": info.d_mlp}.get(source.site, info.d_model)
+
+
+def weights_of(engine: Engine) -> Weights:
+    """The weights of an engine's files: names and shapes without reading any."""
+    return open_weights(Path(engine.info.source))
 
 
 def _grouped(engine: Engine, every: Sequence[Unit]) -> Iterator[list[Unit]]:
@@ -114,8 +131,19 @@ def _grouped(engine: Engine, every: Sequence[Unit]) -> Iterator[list[Unit]]:
     yield group
 
 
-def _sites(units: Sequence[Unit]) -> set[str]:
-    return {source.site for source, _ in units} | {"expert_indices" for source, _ in units if source.by_expert}
+def _request(units: Sequence[Unit]) -> Request:
+    sites = {source.site for source, _ in units} | {"expert_indices" for source, _ in units if source.by_expert}
+    return Request(tuple(sorted(sites)), tuple(sorted({source.layer for source, _ in units if source.layer is not None})) or None)
+
+
+def _hidden(engine: Engine, window: list[int], units: Sequence[Unit], add: Callable[[Unit, NDArray[np.float32]], None], should_stop: ShouldStop) -> None:
+    wanted = {(source.layer, expert): (source, expert) for source, expert in units}
+
+    def on_rows(layer: int, expert: int, rows: NDArray[np.float32]) -> None:
+        if (layer, expert) in wanted:
+            add(wanted[layer, expert], rows)
+
+    cast(ShowsExpertInputs, engine).expert_inputs(window, sorted({layer for layer, _ in wanted if layer is not None}), on_rows, should_stop)
 
 
 class Squares:

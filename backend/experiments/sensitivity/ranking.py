@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,9 @@ from backend.errors import LayerscopeError, ranges
 from backend.experiments import Progress, no_progress
 from backend.experiments.sensitivity import MAX_TOPK, MODES
 from backend.experiments.sensitivity.contracts import Chosen, Ranking
+from backend.experiments.sensitivity.inputs import weights_of
 from backend.experiments.sensitivity.scores import BACKWARD, Windows, scored
-from backend.weights import Weights, open_weights
+from backend.weights import Weights
 
 RANKING = "tensors ranked"
 
@@ -30,7 +30,7 @@ def matrices(model: Engine | Weights, layers: Sequence[int] | None = None, compo
 
     Raises LayerscopeError for a layer or a component that the model does not have, naming those it has.
     """
-    weights = _weights_of(model)
+    weights = model if isinstance(model, Weights) else weights_of(model)
     info = weights.info
     every = [(name, *place(name)) for name in weights if name.rpartition(".")[2].startswith("W_")]
     if not every:
@@ -138,12 +138,8 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def _weights_of(model: Engine | Weights) -> Weights:
-    return model if isinstance(model, Weights) else open_weights(Path(model.info.source))
-
-
 def _shapes(engine: Engine, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    weights = _weights_of(engine)
+    weights = weights_of(engine)
     return {name: weights.lazy(name).shape for name in names}
 
 
