@@ -17,6 +17,7 @@ METRICS = {
     "obs": "w_ij^2 / [H^-1]_jj, H = 2 X X^T + lambda I (SparseGPT)",
 }
 GRADIENT_METRICS = ("grad_x_weight", "grad_squared", "hutchinson")
+INPUT_METRICS = ("wanda", "obs")  # of what enters each matrix
 MODES = ("global", "per_layer")
 PERTURBATIONS = {
     "sign_flip": "w -> -w",

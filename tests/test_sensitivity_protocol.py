@@ -29,6 +29,7 @@ from backend.experiments.sensitivity.protocol import run
 from backend.files.demo import ensure_demo_variants
 from backend.reports.sensitivity_check import checked
 from backend.reports.sensitivity_run import SensitivityRun, open_run
+from tests.tiny_models import TinyModel
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "models"
@@ -331,6 +332,19 @@ def test_weights_of_experts_name_their_expert(tmp_path: Path) -> None:
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------------------------------
+
+
+def test_matrices_that_a_metric_cannot_score_are_left_out_in_a_sentence(tiny_model: Callable[[str], TinyModel], tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The cat sat on the mat. " * 100)
+    engine, spec = open_engine(tiny_model("qwen2_moe").hf, OPTIONS), Spec("tiny", "wanda", topk=3, seeds=(0,), text=str(text), max_samples=2, max_length=24, stability_check=True)
+    found = run(engine, spec, tmp_path / "run")
+    assert any("mlp.shared.W_out is not ranked" in note for note in found.manifest["notes"])
+    assert {row["component"] for row in found.stats["tensors"]} >= {"mlp.experts.W_out", "mlp.shared.W_in"}
+    assert "mlp.shared.W_out" not in {row["component"] for row in found.stats["tensors"]}
+    assert {pair["b"] for pair in found.stats["stability"]["pairs"] if pair["kind"] == "metric"} == {"magnitude", "grad_x_weight", "grad_squared"}
+    with pytest.raises(LayerscopeError, match=r"input of blocks.0.mlp.shared.W_out is no site"):
+        run(engine, dataclasses.replace(spec, components=("mlp.shared.W_out",)), tmp_path / "named")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,6 @@
     super_weights  the search for single weights that a model cannot do without
 """
 
-from backend.sensitivity_spec import CONTROLS, GRADIENT_METRICS, MAX_TOPK, METRICS, MODES, PERTURBATIONS, Spec
+from backend.sensitivity_spec import CONTROLS, GRADIENT_METRICS, INPUT_METRICS, MAX_TOPK, METRICS, MODES, PERTURBATIONS, Spec
 
-__all__ = ["CONTROLS", "GRADIENT_METRICS", "MAX_TOPK", "METRICS", "MODES", "PERTURBATIONS", "Spec"]
+__all__ = ["CONTROLS", "GRADIENT_METRICS", "INPUT_METRICS", "MAX_TOPK", "METRICS", "MODES", "PERTURBATIONS", "Spec"]

@@ -57,6 +57,15 @@ Unit = tuple[Source, int]  # the expert, 0 where there are none
 
 def source_of(engine: Engine, name: str) -> Source:
     """Raises LayerscopeError for a matrix whose input is no site of the model, with the components that have one."""
+    if (source := known_source(engine, name)) is not None:
+        return source
+    able = [each for each in _READS if each.startswith(("attn", "mlp"))]
+    raise LayerscopeError(f"The input of {name[:80]} is no site of {engine.info.name} ({engine.info.architecture}), and wanda and obs need it; "
+                          f"components that can have one are {', '.join(able)}.")  # fmt: skip
+
+
+def known_source(engine: Engine, name: str) -> Source | None:
+    """Where the values come from that enter a matrix; None: from no site of the model."""
     _, block, rest = name.partition("blocks.")
     number, _, component = rest.partition(".") if block else ("", "", name)
     layer = int(number) if number.isdecimal() else None
@@ -66,9 +75,7 @@ def source_of(engine: Engine, name: str) -> Source:
         there = source.site == HIDDEN or (source.site, source.layer) in engine.places
         if there and (not by_expert or ("expert_indices", layer) in engine.places):
             return source
-    able = [each for each in _READS if each.startswith(("attn", "mlp"))]
-    raise LayerscopeError(f"The input of {name[:80]} is no site of {engine.info.name} ({engine.info.architecture}), and wanda and obs need it; "
-                          f"components that can have one are {', '.join(able)}.")  # fmt: skip
+    return None
 
 
 def _before(site: str, layer: int | None) -> tuple[str, int | None]:

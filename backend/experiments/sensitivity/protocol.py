@@ -21,17 +21,18 @@ from typing import Any
 from backend.engines import Engine, ShouldStop, never_stop
 from backend.errors import LayerscopeError
 from backend.experiments import Progress, no_progress
-from backend.experiments.sensitivity import GRADIENT_METRICS, METRICS, Spec
+from backend.experiments.sensitivity import GRADIENT_METRICS, INPUT_METRICS, METRICS, Spec
 from backend.experiments.sensitivity.checks import check_engine, check_out_dir, check_spec
 from backend.experiments.sensitivity.contracts import Losses, Ranking
+from backend.experiments.sensitivity.inputs import known_source
 from backend.experiments.sensitivity.perplexity import evaluate
 from backend.experiments.sensitivity.perturbation import perturb
 from backend.experiments.sensitivity.pruning import masks, prune
-from backend.experiments.sensitivity.ranking import gradient_flow, matrices, rank
+from backend.experiments.sensitivity.ranking import gradient_flow, matrices, place, rank
 from backend.experiments.sensitivity.run_folder import manifest, part_of, publish, top_rows
 from backend.experiments.sensitivity.scores import scored
 from backend.experiments.sensitivity.stability import stability
-from backend.experiments.sensitivity.super_weights import search
+from backend.experiments.sensitivity.super_weights import search, unsearched
 from backend.experiments.sensitivity.texts import Text, read_text
 from backend.reports.sensitivity_run import SCHEMA, SensitivityRun, open_run
 
@@ -52,14 +53,28 @@ def run(engine: Engine, spec: Spec, out_dir: Path, *, run_id: str | None = None,
     out_dir = Path(out_dir)
     check_spec(spec)
     check_out_dir(out_dir)
-    names = matrices(engine, spec.layers, spec.components)
+    names, left_out = _scorable(engine, spec)
     check_engine(engine, spec, names)
-    work = _Run(engine, spec, names, read_text(engine, str(text_file or spec.text), spec.max_samples, spec.max_length), progress, should_stop)
+    text = read_text(engine, str(text_file or spec.text), spec.max_samples, spec.max_length)
+    work = _Run(engine, spec, names, text, progress, should_stop, notes=[*text.notes, *left_out])
     with part_of(out_dir) as part:
         stats = work.stats(part)
         about = manifest(engine, spec, work.text, run_id or new_run_id(), list(command), work.seconds, work.notes)
         publish(part, out_dir, about, {"schema": SCHEMA, "id": about["id"], **stats}, top_rows(work.ranking))
     return open_run(out_dir)
+
+
+def _scorable(engine: Engine, spec: Spec) -> tuple[tuple[str, ...], list[str]]:
+    """The matrices that are ranked; where nobody named components, those that the metric cannot score are left out, in a sentence."""
+    every = matrices(engine, spec.layers, spec.components)
+    if spec.components is not None or spec.metric not in INPUT_METRICS:
+        return every, []
+    names = tuple(name for name in every if known_source(engine, name) is not None)
+    without = list(dict.fromkeys(place(name)[1] for name in every if name not in set(names)))
+    if not names or not without:
+        return every, []
+    are = "is" if len(without) == 1 else "are"
+    return names, [f"{', '.join(without)} {are} not ranked: what enters there is no site of {engine.info.name}, and {spec.metric} needs it."]
 
 
 @dataclass
@@ -78,7 +93,7 @@ class _Run:
 
     def stats(self, folder: Path) -> dict[str, Any]:
         """sensitivity_stats.json but for its head."""
-        spec, self.notes = self.spec, list(self.text.notes)
+        spec = self.spec
         baseline = self._baseline()
         with self._timed("ranking"):
             self.ranking = self._rank(spec.metric, self.text.windows, spec.seeds[0])
@@ -110,7 +125,10 @@ class _Run:
         return rank(self.engine, windows, metric, self.names, self.spec.topk, self.spec.mode, seed=seed, probes=self.spec.probes, **self._watched)
 
     def _stability(self) -> dict[str, Any]:
-        available = [metric for metric in METRICS if self.engine.info.engine == "hf" or metric not in GRADIENT_METRICS]
+        gone = set() if self.engine.info.engine == "hf" else set(GRADIENT_METRICS)
+        if any(known_source(self.engine, name) is None for name in self.names):
+            gone |= set(INPUT_METRICS)
+        available = [metric for metric in METRICS if metric not in gone]
         return self._noted(stability(self.ranking, self.spec, self.text.windows, available, self._rank))
 
     def _pruning(self, baseline: Losses, folder: Path) -> dict[str, Any]:
@@ -120,6 +138,7 @@ class _Run:
         return self._noted(prune(self.engine, found, spec.metric, self.text.windows, baseline, folder, **self._watched))
 
     def _super_weights(self, baseline: Losses) -> dict[str, Any]:
+        self.notes += unsearched(self.engine)
         return search(self.engine, self.text.windows, baseline=baseline, seed=self.spec.seeds[0], **self._watched)
 
     def _noted(self, found: tuple[dict[str, Any], list[str]]) -> dict[str, Any]:

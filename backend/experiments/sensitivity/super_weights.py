@@ -51,7 +51,7 @@ def search(engine: Engine, windows: Windows, *, top_j: int = TOP_J, threshold: f
     published = _published(engine)
     n_evaluations = len(found) + len(matrices) * n_random + sum(each.fits for each in published)
     ablate = _Ablation(engine, windows, evaluate or partial(perplexity.evaluate, should_stop=should_stop), n_evaluations, progress, should_stop, baseline)
-    taken = [(each.layer, each.row, each.column) for each in (*found, *published)]
+    taken = [(each.layer, each.row, each.column) for each in found] + [(each.layer, each.row, each.column) for each in published]
     random = {layer: [ablate(matrix, at)["ratio"] for at in matrix.random(n_random, seed, taken)] for layer, matrix in matrices.items()}
     ranks = {layer: _ranks(engine, matrix, [each for each in found if each.layer == layer]) for layer, matrix in matrices.items()}
     known = {(each.layer, each.row, each.column) for each in published if each.fits and each.expert is None}
