@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -120,7 +120,7 @@ def _formats(text: str) -> tuple[str, ...]:
     return names
 
 
-def describe(run: Any, drawn: list[str] = [], left_out: list[str] = []) -> str:  # noqa: B006 - read alone
+def describe(run: Any, drawn: Sequence[str] = (), left_out: Sequence[str] = ()) -> str:
     """A run as a person reads it in a terminal."""
     manifest, stats = run.manifest, run.stats
     model, text = manifest["model"], manifest["text"]

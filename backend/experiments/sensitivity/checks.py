@@ -41,8 +41,10 @@ def check_spec(spec: Spec) -> None:
 def _check_list(what: str, values: Sequence[Any], most: int, good: Any, wanted: str) -> None:
     if wrong := [value for value in values if not good(value)]:
         raise LayerscopeError(f"The {what} {wrong[0]} is not {wanted}.")
-    if len(values) > most or len(set(values)) < len(values):
-        raise LayerscopeError(f"There are {len(values)} values of {what}; {most} different ones are the most.")
+    if len(values) > most:
+        raise LayerscopeError(f"There are {len(values)} values of {what}, and {most} is the limit.")
+    if twice := [value for i, value in enumerate(values) if value in values[:i]]:
+        raise LayerscopeError(f"The {what} {twice[0]} is named more than once.")
 
 
 def check_out_dir(out: Path) -> None:
