@@ -11,6 +11,10 @@
 
     window.dash_clientside = window.dash_clientside || {};
     window.dash_clientside.layerscope = Object.assign(window.dash_clientside.layerscope || {}, {
+        /** Says, once the first cards have been painted, that there is time for the others. */
+        moeSeen() {
+            return new Promise((resolve) => requestAnimationFrame(() => requestIdleCallback(() => resolve(Date.now()), { timeout: 1000 })));
+        },
         moeTip(...hovers) {
             const { tip } = window.layerscope, no = window.dash_clientside.no_update;
             const by = (window.dash_clientside.callback_context.triggered || []).map((each) => each.prop_id.split(".")[0])[0];

@@ -57,24 +57,30 @@ def repeats_card() -> html.Section:
 draws("moe-measures")
 
 
+LOAD_OUTPUT = Output("moe-load", "figure")
 OUTPUTS = {
-    "load": Output("moe-load", "figure"), "repeats": Output("moe-repeats", "figure"), "measures": Output("moe-measures-drawing", "data"),
+    "repeats": Output("moe-repeats", "figure"), "measures": Output("moe-measures-drawing", "data"),
     "said": Output("moe-measures-said", "children"),
 }  # fmt: skip
 
 
+def draw_load(trace: Trace, layer: int, theme: str) -> Any:
+    """The figure of LOAD_OUTPUT."""
+    layers, n = routing_layers(trace), trace.info.n_experts
+    return figures.load_heatmap(np.stack([moe.expert_counts(trace["expert_indices", each], n) for each in layers]), layers, layer, theme)
+
+
 def draw(trace: Trace, layer: int, theme: str) -> dict[str, Any]:
-    """What the three cards show; keys are those of OUTPUTS."""
+    """What the other two cards show; keys are those of OUTPUTS."""
     layers, n = routing_layers(trace), trace.info.n_experts
     indices = [trace["expert_indices", each] for each in layers]
-    load = figures.load_heatmap(np.stack([moe.expert_counts(each, n) for each in indices]), layers, layer, theme)
     if trace.n_tokens > 1:
         kept = figures.repeat_lines([moe.repeats(each, n) for each in indices], layers, indices[0].shape[1], layer, theme)
     else:
         kept = no_figure(theme, "A single token follows no other.")
     k = indices[0].shape[1]
     said = f"{trace.n_tokens:,} tokens, {k} of {n} experts each. An even load has entropy ln {n} = {np.log(n):.3f}, Gini 0, CV 0, balance 1, Switch loss 1."
-    return {"load": load, "repeats": kept, "measures": elements(measures_table(values.measures(trace), n, layer)), "said": said}
+    return {"repeats": kept, "measures": elements(measures_table(values.measures(trace), n, layer)), "said": said}
 
 
 @callback(Output("moe-layer", "value", allow_duplicate=True), Input("moe-load", "clickData"), State("page-state", "data"), prevent_initial_call=True)

@@ -54,7 +54,8 @@ def _cards(trace: Trace, asked: dict[str, str]) -> list[Any]:
             ablation_card(trace, as_choice(asked.get("effect"), list(MEASURES), "nll"), asked.get("prompts")),
             usage_card(trace, as_choice(asked.get("usage"), list(VIEWS), "category")),
             super_experts_card(trace),
-        )
+        ),
+        dcc.Store(id="moe-seen"),
     ]
 
 
@@ -68,24 +69,31 @@ def _layer(trace: Trace, asked: str | None) -> html.Div:
 
 
 @callback(
-    output={"layers": moe_layers.OUTPUTS, "pairs": moe_pairs.OUTPUTS, "texts": moe_tokens.TEXT_OUTPUTS},
-    inputs=(Input("moe-layer", "value"), Input("theme", "data"), State("page-state", "data")),
+    output={"load": moe_layers.LOAD_OUTPUT, "tokens": moe_tokens.OUTPUTS},
+    inputs=(Input("moe-layer", "value"), Input("position", "data"), Input("theme", "data"), State("page-state", "data")),
 )
-def show_layer(layer: int, theme: str, page: dict[str, Any]):
-    """What depends on the layer. One callback for all of it: each one more costs the browser more than the drawing."""
+def show_first(layer: int, position: int | None, theme: str, page: dict[str, Any]):
+    """What is seen without scrolling. One callback for all of it: each one more costs the browser more than the drawing."""
     trace = services().library.open(page["trace"])
-    return {"layers": moe_layers.draw(trace, layer, theme), "pairs": moe_pairs.draw(trace, layer, theme), "texts": moe_tokens.draw_texts(trace, layer)}
+    return {"load": moe_layers.draw_load(trace, layer, theme), "tokens": moe_tokens.draw(trace, layer, position_in(trace, position), theme)}
+
+
+# The cards below come when the first ones are on the screen.
+clientside_callback(ClientsideFunction("layerscope", "moeSeen"), Output("moe-seen", "data"), Input("moe-map", "figure"), prevent_initial_call=True)
 
 
 @callback(
-    output={"tokens": moe_tokens.OUTPUTS, "scores": moe_scores.OUTPUTS},
-    inputs=(Input("moe-layer", "value"), Input("position", "data"), Input("theme", "data"), State("page-state", "data")),
+    output={"layers": moe_layers.OUTPUTS, "pairs": moe_pairs.OUTPUTS, "texts": moe_tokens.TEXT_OUTPUTS, "scores": moe_scores.OUTPUTS},
+    inputs=(Input("moe-seen", "data"), State("moe-layer", "value"), State("position", "data"), State("theme", "data"), State("page-state", "data")),
+    prevent_initial_call=True,
 )
-def show_tokens(layer: int, position: int | None, theme: str, page: dict[str, Any]):
-    """What depends on the token as well."""
+def show_rest(_: Any, layer: int, position: int | None, theme: str, page: dict[str, Any]):
+    """All other cards that the trace fills by itself."""
     trace = services().library.open(page["trace"])
-    at = position_in(trace, position)
-    return {"tokens": moe_tokens.draw(trace, layer, at, theme), "scores": moe_scores.draw(trace, layer, at, theme)}
+    return {
+        "layers": moe_layers.draw(trace, layer, theme), "pairs": moe_pairs.draw(trace, layer, theme), "texts": moe_tokens.draw_texts(trace, layer),
+        "scores": moe_scores.draw(trace, layer, position_in(trace, position), theme),
+    }  # fmt: skip
 
 
 clientside_callback(

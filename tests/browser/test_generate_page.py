@@ -105,7 +105,7 @@ def test_a_generation_that_is_stopped_midway_keeps_its_tokens(server, tiny, visi
         assert written(page) == labels
         assert page.locator("#live-text b").count() == 0, "text of tokens is text"
         shown = page.evaluate("() => Array.from(document.querySelector('#gen-curves .js-plotly-plot')._fullData[0].y)")
-        np.testing.assert_allclose(shown, np.exp(trace.next_logprobs[trace.n_prompt - 1 : -1]), rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(shown, np.exp(trace.next_logprobs[trace.n_prompt - 1 : -1]), rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("engine", ["hf", "gguf"])
