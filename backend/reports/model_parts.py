@@ -31,7 +31,8 @@ _CANONICAL = (
 _NATIVE_BLOCK = (
     (r".*(_shexp|shared_expert|shared_mlp)", "shared"), (r".*(_exps|experts\.|moe\.(input|output)_linear)", "experts"),
     (r"(ffn_gate_inp|exp_probs_b|.*\brouter\.|(mlp|block_sparse_moe)\.gate\.)", "router"),
-    (r"(post_attention_norm|attn_post_norm|post_self_attn_layernorm)", "norm1_post"), (r"(post_ffw_norm|ffn_post_norm|layer_out_norm|post_mlp_layernorm|post_feedforward_layernorm)", "norm2_post"),
+    (r"(post_attention_norm|attn_post_norm|post_self_attn_layernorm)", "norm1_post"),
+    (r"(post_ffw_norm|ffn_post_norm|layer_out_norm|post_mlp_layernorm|post_feedforward_layernorm)", "norm2_post"),
     (r"(attn_norm|input_layernorm|ln_1|ln_attn|norm_1|self_attn_layer_norm|norm\.)", "norm1"),
     (r"(ffn_norm|ln_2|ln_mlp|norm_2|final_layer_norm|post_attention_layernorm|pre_(ff|feedforward)_layernorm)", "norm2"),
     (r"(ssm_|mamba\.|mixer\.)", "ssm"), (r"(attn|self_attn|attention|self_attention|rope)", "attention"), (r"(ffn|mlp|fc[12]\.|feed_forward)", "mlp"),
