@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import parse_qs, urlparse
@@ -17,6 +12,7 @@ import pytest
 
 from backend.analysis.attention_views import without_first
 from backend.trace import Trace, open_trace
+from tests.browser.served import served
 from tests.tiny_models import TinyModel
 
 pytestmark = pytest.mark.browser
@@ -50,18 +46,9 @@ def site(tiny_mistral: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> I
     engine.close()
     for path in paths:
         Library.from_settings(settings).add(path)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "LAYERSCOPE_MODELS_DIRS": json.dumps([str(tiny_mistral.hf.parent)]), "LAYERSCOPE_USE_HF_CACHE": "false"}
-    process = subprocess.Popen([sys.executable, "app.py", "--port", str(port), "--data-dir", str(data)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None and "Layerscope is on" in process.stdout.readline()
+    with served(data, [tiny_mistral.hf.parent]) as address:
         with open_trace(paths[0]) as short, open_trace(paths[1]) as long:
-            yield Site(f"http://127.0.0.1:{port}", tiny_mistral, short, long)
-    finally:
-        process.terminate()
-        process.wait(20)
+            yield Site(address, tiny_mistral, short, long)
 
 
 @pytest.fixture

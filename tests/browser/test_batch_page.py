@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import parse_qs, urlparse
@@ -15,6 +11,7 @@ import numpy as np
 import pytest
 
 from backend.trace import Trace, open_trace
+from tests.browser.served import served
 from tests.tiny_models import TinyModel
 
 pytestmark = pytest.mark.browser
@@ -28,17 +25,8 @@ ROWS = [("The capital of France", "geo"), ("The capital of Italy", "geo"), ("Mar
 def server(tiny_mistral: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
     """A running server without a trace: (address, traces folder)."""
     data = tmp_path_factory.mktemp("data")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "LAYERSCOPE_MODELS_DIRS": json.dumps([str(tiny_mistral.hf.parent)]), "LAYERSCOPE_USE_HF_CACHE": "false"}
-    process = subprocess.Popen([sys.executable, "app.py", "--port", str(port), "--data-dir", str(data)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None and "Layerscope is on" in process.stdout.readline()
-        yield f"http://127.0.0.1:{port}", data / "traces"
-    finally:
-        process.terminate()
-        process.wait(20)
+    with served(data, [tiny_mistral.hf.parent]) as address:
+        yield address, data / "traces"
 
 
 @pytest.fixture

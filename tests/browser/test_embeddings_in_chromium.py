@@ -6,7 +6,6 @@ import csv
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import xml.etree.ElementTree
@@ -23,6 +22,7 @@ from sklearn.decomposition import PCA
 from backend.engines.vocabulary import token_texts
 from backend.trace import open_trace
 from backend.weights import Weights, open_weights
+from tests.browser.served import served
 from tests.tiny_models import TinyModel
 
 pytestmark = pytest.mark.browser
@@ -55,16 +55,8 @@ def server(tiny_llama: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> I
     for prompt, category in (("The cat sat on the mat", "cats"), ("A dog ran home", "dogs")):
         words = [sys.executable, "-m", "backend", "trace", "--model", name, "--prompt", prompt, "--category", category, "--precision", "float32", "--json"]
         made.append(Path(json.loads(subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout)["path"]))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    process = subprocess.Popen([sys.executable, "app.py", "--port", str(port), "--data-dir", str(data)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None and "Layerscope is on" in process.stdout.readline()
-        yield Server(f"http://127.0.0.1:{port}", name, open_weights(tiny_llama.gguf), token_texts(tiny_llama.gguf, 320).texts, made)
-    finally:
-        process.terminate()
-        process.wait(20)
+    with served(data, [models]) as address:
+        yield Server(address, name, open_weights(tiny_llama.gguf), token_texts(tiny_llama.gguf, 320).texts, made)
 
 
 @pytest.fixture

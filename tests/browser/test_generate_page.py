@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import parse_qs, urlencode, urlparse
@@ -16,6 +11,7 @@ import pytest
 
 from backend.trace import Trace, open_trace
 from components.token_label import token_label
+from tests.browser.served import served
 from tests.tiny_models import TinyModel, save_tiny
 
 pytestmark = pytest.mark.browser
@@ -36,17 +32,8 @@ def server(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """A running server without a trace: (address, traces folder)."""
     data = tmp_path_factory.mktemp("data")
     assert tiny.gguf.is_file()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "LAYERSCOPE_MODELS_DIRS": json.dumps([str(tiny.hf.parent)]), "LAYERSCOPE_USE_HF_CACHE": "false"}
-    process = subprocess.Popen([sys.executable, "app.py", "--port", str(port), "--data-dir", str(data)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None and "Layerscope is on" in process.stdout.readline()
-        yield f"http://127.0.0.1:{port}", data / "traces"
-    finally:
-        process.terminate()
-        process.wait(20)
+    with served(data, [tiny.hf.parent]) as address:
+        yield address, data / "traces"
 
 
 @pytest.fixture

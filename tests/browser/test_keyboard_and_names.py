@@ -5,11 +5,6 @@ Also the trace beside its category: what the cards "Over a batch" draw is held a
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +14,7 @@ import numpy as np
 import pytest
 
 from backend.trace import Trace, open_trace
+from tests.browser.served import served
 from tests.tiny_models import TinyModel
 
 pytestmark = pytest.mark.browser
@@ -51,17 +47,8 @@ def server(tiny_mistral: TinyModel, tmp_path_factory: pytest.TempPathFactory) ->
         Library.from_settings(settings).add(path)
         with open_trace(path) as trace:
             aggregates.put_row(trace)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "LAYERSCOPE_MODELS_DIRS": json.dumps([str(tiny_mistral.hf.parent)]), "LAYERSCOPE_USE_HF_CACHE": "false"}
-    process = subprocess.Popen([sys.executable, "app.py", "--port", str(port), "--data-dir", str(data)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None and "Layerscope is on" in process.stdout.readline()
-        yield f"http://127.0.0.1:{port}", [open_trace(path) for path in paths]
-    finally:
-        process.terminate()
-        process.wait(20)
+    with served(data, [tiny_mistral.hf.parent]) as address:
+        yield address, [open_trace(path) for path in paths]
 
 
 @pytest.fixture

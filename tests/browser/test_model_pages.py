@@ -6,10 +6,6 @@ What the pages show is held against the file's header and against a graph that t
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +18,7 @@ from backend.engines import open_engine
 from backend.reports.graph_formats import shape_text
 from backend.reports.model_graph import ModelGraph
 from backend.trace import Trace, open_trace
+from tests.browser.served import served
 from tests.gguf_cases import ARR, STR, Tensor, model_file, model_tensors
 from tests.tiny_models import TinyModel
 
@@ -50,18 +47,9 @@ def server(tiny_llama: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> I
     path = capture(engine, CaptureSpec(prompt="Mary gave the book to John."), settings.traces_dir)
     engine.close()
     Library.from_settings(settings).add(path)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "LAYERSCOPE_MODELS_DIRS": json.dumps([str(models)]), "LAYERSCOPE_USE_HF_CACHE": "false"}
-    process = subprocess.Popen([sys.executable, "app.py", "--port", str(port), "--data-dir", str(data)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None and "Layerscope is on" in process.stdout.readline()
+    with served(data, [models]) as address:
         with open_trace(path) as trace:
-            yield f"http://127.0.0.1:{port}", trace, graph
-    finally:
-        process.terminate()
-        process.wait(20)
+            yield address, trace, graph
 
 
 @pytest.fixture

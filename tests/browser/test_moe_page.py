@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +10,8 @@ import pytest
 from backend.analysis import moe
 from backend.reports.routing import compare, overall, routing_layers
 from backend.trace import open_trace
-from tests.browser.test_trace_pages import PROMPT, ROOT, drawn, query_of
+from tests.browser.served import served
+from tests.browser.test_trace_pages import PROMPT, drawn, query_of
 
 pytestmark = pytest.mark.browser
 
@@ -43,17 +39,8 @@ def moe_server(tiny_mixtral, tiny_mistral, tmp_path_factory):
         engine.close()
     for path in paths:
         library.add(path)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "LAYERSCOPE_MODELS_DIRS": json.dumps([str(folder) for folder in folders]), "LAYERSCOPE_USE_HF_CACHE": "false"}
-    process = subprocess.Popen([sys.executable, "app.py", "--port", str(port), "--data-dir", str(data)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None and "Layerscope is on" in process.stdout.readline()
-        yield f"http://127.0.0.1:{port}", *(open_trace(path) for path in paths)
-    finally:
-        process.terminate()
-        process.wait(20)
+    with served(data, folders) as address:
+        yield address, *(open_trace(path) for path in paths)
 
 
 @pytest.fixture

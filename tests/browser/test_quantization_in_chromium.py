@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import parse_qs, urlencode, urlparse
@@ -16,6 +12,7 @@ import pytest
 
 from backend.files.quantizer import quantize
 from backend.reports.quantization_report import QuantizationReport
+from tests.browser.served import served
 from tests.test_quantization import side
 from tests.tiny_models import save_tiny
 
@@ -32,17 +29,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
     models, data = tmp_path_factory.mktemp("models"), tmp_path_factory.mktemp("data")
     tiny = save_tiny("llama", models / "tiny")
     quantize(tiny.gguf, models / "tiny-q4_0.gguf", "Q4_0")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "LAYERSCOPE_MODELS_DIRS": json.dumps([str(models)]), "LAYERSCOPE_USE_HF_CACHE": "false"}
-    process = subprocess.Popen([sys.executable, "app.py", "--port", str(port), "--data-dir", str(data)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None and "Layerscope is on" in process.stdout.readline()
-        yield f"http://127.0.0.1:{port}", models
-    finally:
-        process.terminate()
-        process.wait(20)
+    with served(data, [models]) as address:
+        yield address, models
 
 
 @pytest.fixture(scope="module")

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import socket
-import subprocess
-import sys
 from urllib.parse import parse_qs, urlencode, urlparse
 
 import numpy as np
@@ -19,6 +15,7 @@ from backend.reports.sensitivity_check import checked
 from backend.reports.sensitivity_run import FOLDER, open_run
 from backend.weight_places import place_in_file
 from backend.weights import open_weights
+from tests.browser.served import served
 from tests.browser.test_trace_pages import ROOT
 from tests.sensitivity_runs import write_run
 
@@ -35,17 +32,8 @@ def server(tmp_path_factory):
     for metric in ("magnitude", "grad_x_weight"):
         write_run(data / FOLDER / IDS[metric], metric=metric)
     (write_run(data / FOLDER / IDS["broken"], metric="obs") / "sensitivity_stats.json").write_text('{"schema": "layerscope.sensitivity/1", "tensors": [{}]}')
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "LAYERSCOPE_USE_HF_CACHE": "false"}
-    process = subprocess.Popen([sys.executable, "app.py", "--port", str(port), "--data-dir", str(data)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None and "Layerscope is on" in process.stdout.readline()
-        yield f"http://127.0.0.1:{port}", data
-    finally:
-        process.terminate()
-        process.wait(20)
+    with served(data) as address:
+        yield address, data
 
 
 @pytest.fixture

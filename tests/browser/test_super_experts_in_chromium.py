@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
 from backend.reports.super_experts import super_experts
 from backend.trace import open_trace
-from tests.browser.test_trace_pages import ROOT, drawn
+from tests.browser.served import served
+from tests.browser.test_trace_pages import drawn
 from tests.test_super_experts import DIMENSION, EXPERT, LAYER, planted, traced
 
 pytestmark = pytest.mark.browser
@@ -33,17 +28,8 @@ def server(tmp_path_factory):
     traces = [traced(tiny.hf, settings.traces_dir), traced(tiny.hf, settings.traces_dir, STANDARD_SITES)]
     for trace in traces:
         library.add(trace.path)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "LAYERSCOPE_MODELS_DIRS": json.dumps([str(models)]), "LAYERSCOPE_USE_HF_CACHE": "false"}
-    process = subprocess.Popen([sys.executable, "app.py", "--port", str(port), "--data-dir", str(data)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None and "Layerscope is on" in process.stdout.readline()
-        yield f"http://127.0.0.1:{port}", *traces
-    finally:
-        process.terminate()
-        process.wait(20)
+    with served(data, [models]) as address:
+        yield address, *traces
 
 
 @pytest.fixture

@@ -5,11 +5,6 @@ What the page shows is held against the trace file read directly: the same head,
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import parse_qs, urlparse
@@ -19,6 +14,7 @@ import pytest
 
 from backend.analysis import lens as lens_analysis
 from backend.trace import Trace, open_trace
+from tests.browser.served import served
 from tests.tiny_models import TinyModel
 
 pytestmark = pytest.mark.browser
@@ -42,18 +38,9 @@ def server(tiny_mistral: TinyModel, tmp_path_factory: pytest.TempPathFactory) ->
     path = capture(engine, CaptureSpec(prompt=PROMPT, max_new_tokens=2), settings.traces_dir)
     engine.close()
     Library.from_settings(settings).add(path)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "LAYERSCOPE_MODELS_DIRS": json.dumps([str(tiny_mistral.hf.parent)]), "LAYERSCOPE_USE_HF_CACHE": "false"}
-    process = subprocess.Popen([sys.executable, "app.py", "--port", str(port), "--data-dir", str(data)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None and "Layerscope is on" in process.stdout.readline()
+    with served(data, [tiny_mistral.hf.parent]) as address:
         with open_trace(path) as trace:
-            yield f"http://127.0.0.1:{port}", trace, tiny_mistral
-    finally:
-        process.terminate()
-        process.wait(20)
+            yield address, trace, tiny_mistral
 
 
 @pytest.fixture(scope="module")

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import parse_qs, urlencode, urlparse
@@ -15,6 +11,7 @@ import numpy as np
 import pytest
 
 from backend.weights import Weights, open_weights
+from tests.browser.served import served
 from tests.tiny_models import TinyModel
 
 pytestmark = pytest.mark.browser
@@ -28,18 +25,8 @@ def server(tiny_mixtral: TinyModel, tmp_path_factory: pytest.TempPathFactory) ->
     """A running server with a mixture of experts as GGUF on its shelf: (address, the model's name, its weights)."""
     models = tmp_path_factory.mktemp("weights-shelf")
     (models / tiny_mixtral.gguf.name).write_bytes(tiny_mixtral.gguf.read_bytes())
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "LAYERSCOPE_MODELS_DIRS": json.dumps([str(models)]), "LAYERSCOPE_USE_HF_CACHE": "false"}
-    words = [sys.executable, "app.py", "--port", str(port), "--data-dir", str(tmp_path_factory.mktemp("data"))]
-    process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None and "Layerscope is on" in process.stdout.readline()
-        yield f"http://127.0.0.1:{port}", tiny_mixtral.gguf.name, open_weights(tiny_mixtral.gguf)
-    finally:
-        process.terminate()
-        process.wait(20)
+    with served(tmp_path_factory.mktemp("data"), [models]) as address:
+        yield address, tiny_mixtral.gguf.name, open_weights(tiny_mixtral.gguf)
 
 
 @pytest.fixture
