@@ -15,6 +15,17 @@
         moeSeen() {
             return new Promise((resolve) => requestAnimationFrame(() => requestIdleCallback(() => resolve(Date.now()), { timeout: 1000 })));
         },
+        /** A cell of a map was clicked: its layer, and its token where the map has tokens. */
+        moeOpen(load, map) {
+            const by = (window.dash_clientside.callback_context.triggered || []).map((each) => each.prop_id.split(".")[0])[0];
+            const click = by === "moe-load" ? load : map, graph = by && plot(by), point = click && click.points && click.points[0];
+            if (point && graph && graph.layout.meta) {
+                const { meta } = graph.layout;
+                window.dash_clientside.set_props("moe-layer", { value: Number(meta.y[point.y].slice(1)) });
+                if (by === "moe-map") window.dash_clientside.set_props("position", { data: parseInt(meta.x[point.x], 10) });
+            }
+            return window.dash_clientside.no_update;
+        },
         moeTip(...hovers) {
             const { tip } = window.layerscope, no = window.dash_clientside.no_update;
             const by = (window.dash_clientside.callback_context.triggered || []).map((each) => each.prop_id.split(".")[0])[0];

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from dash import Input, Output, State, callback, html, no_update
+from dash import Output, html
 
 from backend.analysis import moe
 from backend.reports.routing import routing_layers
@@ -17,7 +17,6 @@ from components.figures import moe as figures
 from components.figures.theme import no_figure
 from components.graph import graph, graph_tools
 from components.moe_tables import measures_table
-from components.services import services
 
 ABOUT_LOAD = (
     "How often each expert was among a token's k chosen ones, as a share of all choices of the layer (tokens × k). Experts that were never chosen are 0.",
@@ -81,8 +80,3 @@ def draw(trace: Trace, layer: int, theme: str) -> dict[str, Any]:
     k = indices[0].shape[1]
     said = f"{trace.n_tokens:,} tokens, {k} of {n} experts each. An even load has entropy ln {n} = {np.log(n):.3f}, Gini 0, CV 0, balance 1, Switch loss 1."
     return {"repeats": kept, "measures": elements(measures_table(values.measures(trace), n, layer)), "said": said}
-
-
-@callback(Output("moe-layer", "value", allow_duplicate=True), Input("moe-load", "clickData"), State("page-state", "data"), prevent_initial_call=True)
-def open_layer(click: dict[str, Any] | None, page: dict[str, Any]):
-    return routing_layers(services().library.open(page["trace"]))[int(click["points"][0]["y"])] if click else no_update

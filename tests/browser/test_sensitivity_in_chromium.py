@@ -173,7 +173,9 @@ def test_what_the_engine_cannot_give_is_disabled_and_a_wrong_field_is_said(visit
 
 def test_a_real_run_is_made_by_a_job_and_shown(server, visit):
     page = visit(model="demo-dense")
-    page.get_by_role("button", name="Quick look").click()
+    for preset, top in (("Standard protocol", "100"), ("Quick look", "20")):  # each has filled the form before somebody types
+        page.get_by_role("button", name=preset).click()
+        expect(page.locator("#sens-topk")).to_have_value(top)
     for field, value in (("topk", "5"), ("samples", "2"), ("length", "64")):
         page.locator(f"#sens-{field}").fill(value)
         page.locator(f"#sens-{field}").press("Tab")
