@@ -54,6 +54,8 @@ class Gradients:
     def mean(self, windows: Windows, should_stop: ShouldStop = never_stop, on_window: OnWindow = _unwatched) -> Named:
         """dL/dw, L the mean over all predicted tokens of all windows."""
         n_tokens = self._check(windows)
+        if self._accumulates_in_float32():
+            return self._handed_out(self._accumulated(windows, 1 / n_tokens, should_stop, on_window))
         return self._handed_out(self._summed(windows, lambda n: 1 / n_tokens, lambda total, gradient: total.add_(gradient), should_stop, on_window))
 
     def mean_squared(self, windows: Windows, should_stop: ShouldStop = never_stop, on_window: OnWindow = _unwatched) -> Named:
@@ -120,6 +122,21 @@ class Gradients:
                 for handle in handles:
                     handle.remove()
         return sums
+
+    def _accumulates_in_float32(self) -> bool:
+        import torch
+
+        return all(parameter.dtype == torch.float32 for parameter in self._parameters.values())
+
+    def _accumulated(self, windows: Windows, share: float, should_stop: ShouldStop, on_window: OnWindow) -> dict[int, Tensor]:
+        """Id of each parameter -> the sum of the windows' gradients of `share` times their loss, as PyTorch adds them up: no sum lies beside its gradient."""
+        import torch
+
+        with self._taking(should_stop):
+            for i in range(len(windows)):
+                (self._loss(windows, i) * share).backward()  # type: ignore[no-untyped-call]
+                on_window(i + 1)
+            return {key: torch.zeros_like(parameter, requires_grad=False) if parameter.grad is None else parameter.grad for key, parameter in self._parameters.items()}
 
     def _curvature(self, windows: Windows, n_tokens: int, probes: int, seed: int, should_stop: ShouldStop, on_window: OnWindow) -> dict[int, Tensor]:
         import torch
