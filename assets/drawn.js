@@ -1,6 +1,6 @@
 /* Draws the elements that components/drawn.py sends: [tag, attributes, children] and texts. Only tags and attributes that show something. */
 (function () {
-    const TAGS = new Set(["div", "span", "b", "p", "table", "thead", "tbody", "tr", "th", "td", "button"]);
+    const TAGS = new Set(["div", "span", "b", "i", "p", "h3", "ul", "li", "table", "thead", "tbody", "tr", "th", "td", "button", "details", "summary", "dl", "dt", "dd"]);
     const allowed = (name) => /^(class|title|role|tabindex|colspan|style|data-[\w-]+|aria-[\w-]+)$/.test(name);
     const camel = (name) => name.replace(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`);
 
@@ -18,6 +18,27 @@
         return element;
     }
 
+    /** What stands in data-still: drawn when the element comes, again when React gives the element to something else. */
+    const drawn = new WeakMap();
+    function fill(host) {
+        for (const node of drawn.get(host) || []) node.remove();
+        const nodes = host.dataset.still === undefined ? [] : JSON.parse(host.dataset.still).map(make);
+        host.append(...nodes);
+        drawn.set(host, nodes);
+    }
+    new MutationObserver((changes) => {
+        const hosts = new Set();
+        for (const change of changes) {
+            if (change.type === "attributes") hosts.add(change.target);
+            for (const node of change.addedNodes) {
+                if (node.nodeType !== Node.ELEMENT_NODE) continue;
+                if (node.dataset.still !== undefined) hosts.add(node);
+                for (const inside of node.querySelectorAll("[data-still]")) hosts.add(inside);
+            }
+        }
+        for (const host of hosts) fill(host);
+    }).observe(document.documentElement, { childList: true, subtree: true, attributeFilter: ["data-still"] });
+
     const latest = new Map();
 
     /** Draws into the frame; when the page is still being put together the frame may come later, or be made once more and empty. */
@@ -27,7 +48,7 @@
         const host = document.getElementById(id);
         if (host && (!again || !host.hasChildNodes())) {
             host.replaceChildren(...items.map(make));
-            if (host.matches(".strip-tokens")) host.querySelector(".chosen")?.scrollIntoView({ block: "nearest" });
+            if (host.matches(".strip-tokens")) requestAnimationFrame(() => host.querySelector(".chosen")?.scrollIntoView({ block: "nearest" }));
         }
         if (items.length && tries > 0 && (tries > 90 || !host)) setTimeout(() => place(id, items, tries - 1, true), 50);
     }

@@ -11,9 +11,14 @@
 
     window.dash_clientside = window.dash_clientside || {};
     window.dash_clientside.layerscope = Object.assign(window.dash_clientside.layerscope || {}, {
+        moeView(layer, position, theme, shown) {
+            const view = { layer, position: position ?? shown.position, theme: theme || shown.theme };
+            return Object.keys(view).every((key) => view[key] === shown[key]) ? window.dash_clientside.no_update : view;
+        },
         /** Says, once the first cards have been painted, that there is time for the others. */
-        moeSeen() {
-            return new Promise((resolve) => requestAnimationFrame(() => requestIdleCallback(() => resolve(Date.now()), { timeout: 1000 })));
+        moeSeen(_, begun) {
+            const said = () => [Date.now(), begun ? window.dash_clientside.no_update : true];
+            return new Promise((resolve) => requestAnimationFrame(() => requestIdleCallback(() => resolve(said()), { timeout: 1000 })));
         },
         /** A cell of a map was clicked: its layer, and its token where the map has tokens. */
         moeOpen(load, map) {

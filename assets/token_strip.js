@@ -12,12 +12,25 @@
         for (const row of document.querySelectorAll("tr[data-pos]")) row.classList.toggle("chosen", Number(row.dataset.pos) === position);
     }
 
+    const number = (value) => (value === null ? "" : value.toFixed(3));
+    const level = (value, full) => `${value === null ? 0 : Math.round(100 * Math.min(Math.max(value / full, 0), 1))}%`;
+
+    /** The elements of one token, as assets/drawn.js makes them. */
+    function token({ labels, ids, surprise, entropy, generated, chosen, full }, at) {
+        const classes = ["tok", at === chosen ? "chosen" : "", at >= generated ? "generated" : "", at === generated ? "first-generated" : ""];
+        return ["span", {
+            role: "option", class: classes.filter(Boolean).join(" "), "aria-selected": String(at === chosen), "data-pos": at, "data-id": ids[at],
+            style: { "--surprise": level(surprise[at], full.surprise), "--entropy": level(entropy[at], full.entropy) },
+            "data-surprise": number(surprise[at]), "data-entropy": number(entropy[at]),
+        }, [labels[at]]];
+    }
+
     let tip = null;
     function hideTip() { if (tip) { tip.remove(); tip = null; } }
     function showTip(token) {
         hideTip();
         const data = token.dataset;
-        const number = (text) => (text === "" ? "none" : `${Number(text).toFixed(2)} nats`);
+        const nats = (text) => (text === "" ? "none" : `${Number(text).toFixed(2)} nats`);
         tip = document.createElement("div");
         tip.className = "tip";
         tip.setAttribute("role", "tooltip");
@@ -25,7 +38,7 @@
         name.textContent = token.textContent;
         const lines = [`position ${data.pos}, id ${data.id}${token.classList.contains("generated") ? ", generated" : ""}`];
         lines.push(data.surprise === "" ? "nothing predicts this token" : `log-prob ${(-Number(data.surprise)).toFixed(3)} nats, p ${Math.exp(-Number(data.surprise)).toPrecision(3)}`);
-        lines.push(`entropy of the next token ${number(data.entropy)}`);
+        lines.push(`entropy of the next token ${nats(data.entropy)}`);
         tip.append(name);
         for (const line of lines) { const row = document.createElement("div"); row.textContent = line; tip.append(row); }
         document.body.append(tip);
@@ -58,6 +71,11 @@
 
     window.dash_clientside = window.dash_clientside || {};
     window.dash_clientside.layerscope = Object.assign(window.dash_clientside.layerscope || {}, {
+        drawStrip(tokens) {
+            const { layerscope, no_update } = window.dash_clientside;
+            if (tokens) layerscope.draw(tokens.labels.map((_, at) => token(tokens, at)), "token-strip-drawing");
+            return no_update;
+        },
         /** A page of a trace was opened: its trace and position become the app's. */
         openTrace(page) { return page ? [page.trace, page.position] : [window.dash_clientside.no_update, window.dash_clientside.no_update]; },
         /** The chosen position changed: frame it, and keep it in the address. */

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 from dash import html
 
+from components.drawn import is_still, still
 from components.icons import icon
 
 
@@ -28,12 +30,20 @@ def card(
     head = html.Div(
         [
             html.Div([html.H2(title, className="card-title"), html.P(subtitle, className="card-subtitle") if subtitle else None]),
-            html.Div(right, className="card-tools") if right else None,
+            _tools(right) if right else None,
         ],
         className="card-head",
     )
     name = {"id": id} if id else {}
     return html.Section([head, html.Div(body, className="card-body")], className=f"ls-card {className}".strip(), **name)
+
+
+def _tools(right: list[Any]) -> html.Div:
+    """The tools in their order; those that no callback knows are drawn, as most of a page's components would be tools otherwise."""
+    if is_still(right):
+        return still(right, "card-tools")
+    runs = [(same, list(run)) for same, run in itertools.groupby(right, is_still)]
+    return html.Div([each for same, run in runs for each in ([still(run)] if same else run)], className="card-tools")
 
 
 def cards(*children: Any) -> html.Div:

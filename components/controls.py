@@ -7,6 +7,8 @@ from typing import Any
 
 from dash import html
 
+from components.drawn import is_still, still
+
 
 def set_button(label: Any, store: str, value: str, className: str = "btn btn-outline-secondary", confirm: str = "", **attributes: Any) -> html.Button:
     """A button that writes {"value": value, "at": time} into a store (assets/menus.js); `confirm` is asked first.
@@ -23,7 +25,8 @@ def field(label: str, control: Any, hint: str = "", id: str | None = None) -> ht
     return html.Div([html.Label(label, className="field-label", **name), control, html.Div(hint, className="field-hint") if hint else None], className="field")
 
 
-def facts(pairs: Mapping[str, Any]) -> html.Dl:
+def facts(pairs: Mapping[str, Any]) -> html.Dl | html.Div:
     """Names and values in two columns; entries without a value are left out."""
     shown = [(name, value) for name, value in pairs.items() if value not in (None, "", [])]
-    return html.Dl([part for name, value in shown for part in (html.Dt(name), html.Dd(value))], className="facts")
+    listed = html.Dl([part for name, value in shown for part in (html.Dt(name), html.Dd(value))], className="facts")
+    return still(listed) if is_still(listed) else listed

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 from dash import html
 
+from components.drawn import still
 from components.figures.lens import row_label
 from components.lens_values import LensValues
 from components.token_label import predicted_label
 
 
-def guesses_table(lens: LensValues, at: int, shown: int) -> html.Table:
+def guesses_table(lens: LensValues, at: int, shown: int) -> html.Div:
     """`shown` tokens of each row at position `at` with their probability, the model's own output first."""
     ids, logprobs = lens.result("lens_top_ids")[:, at, :shown], lens.result("lens_top_logprobs")[:, at, :shown]
     ranks, follows, rows = lens.result("lens_next_rank")[:, at], at + 1 < lens.trace.n_tokens, lens.rows
@@ -22,4 +23,4 @@ def guesses_table(lens: LensValues, at: int, shown: int) -> html.Table:
             for i, lp in zip(ids[r], logprobs[r], strict=True)
         ]
         body.append(html.Tr([html.Td(row_label(rows[r])), *cells, html.Td(f"{ranks[r] + 1:,}" if ranks[r] >= 0 else "–", className="num") if follows else None]))
-    return html.Table([html.Thead(html.Tr(header)), html.Tbody(body)], className="ls-table")
+    return still(html.Table([html.Thead(html.Tr(header)), html.Tbody(body)], className="ls-table"))

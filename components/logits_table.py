@@ -7,6 +7,7 @@ from dash import html
 
 from backend.analysis.logits import cumulative_perplexity
 from backend.trace import Trace
+from components.drawn import still
 from components.position_table import BLOCK, block_of
 from components.token_label import predicted_label, token_label
 
@@ -15,7 +16,7 @@ _LOOKS = ("num muted", "chip-token", "num", "chip-token", "num", "num", "num", "
 SHOWN_TOP = 3  # next tokens in a row; the bars of the chosen position show all
 
 
-def prediction_table(trace: Trace, position: int, unit: str) -> html.Table:
+def prediction_table(trace: Trace, position: int, unit: str) -> html.Div:
     """The block of positions that holds `position`: what each predicted, what followed, and what that cost.
 
     A cell is one piece of text: every element inside it would cost the browser as much as another cell.
@@ -37,10 +38,10 @@ def prediction_table(trace: Trace, position: int, unit: str) -> html.Table:
                             tabIndex=0, className="chosen" if at == position else "", **{"data-pos": at}))  # fmt: skip
     titles = ("Position", "After", f"Entropy, {unit}", "What follows", f"Log-prob, {unit}", "Rank", f"Surprise, {unit}", "Perplexity so far", f"Top {SHOWN_TOP}")
     head = [html.Th(title, className="num" if look.startswith("num") else "") for title, look in zip(titles, _LOOKS, strict=True)]
-    return html.Table([html.Thead(html.Tr(head)), html.Tbody(rows)], className="ls-table positions")
+    return still(html.Table([html.Thead(html.Tr(head)), html.Tbody(rows)], className="ls-table positions"))
 
 
-def totals_table(trace: Trace, unit: str) -> html.Table:
+def totals_table(trace: Trace, unit: str) -> html.Div:
     """The tokens of the prompt and those that were generated: how many were predicted, how well."""
     logprobs, ranks, entropy = trace.next_logprobs, trace.next_ranks, trace.entropy
     parts = {"Prompt": slice(0, trace.n_prompt - 1), "Generated": slice(trace.n_prompt - 1, trace.n_tokens - 1), "Both": slice(0, trace.n_tokens - 1)}
@@ -48,7 +49,7 @@ def totals_table(trace: Trace, unit: str) -> html.Table:
     names = ("Tokens predicted", f"Mean surprise, {unit}", "Perplexity", f"Mean entropy, {unit}", "First choice", "Among the first 5", "NaN")
     head = html.Thead(html.Tr([html.Th(""), *(html.Th(name, className="num") for name in parts)]))
     body = [html.Tr([html.Td(name), *(html.Td(column[i], className="num") for column in columns)]) for i, name in enumerate(names)]
-    return html.Table([head, html.Tbody(body)], className="ls-table")
+    return still(html.Table([head, html.Tbody(body)], className="ls-table"))
 
 
 def _totals(logprobs: np.ndarray, ranks: np.ndarray, entropy: np.ndarray, scale: float) -> list[str]:

@@ -10,6 +10,7 @@ from dash import Input, Output, State, callback, dcc, html, no_update
 
 from backend.trace import Trace
 from components.card import card
+from components.drawn import still
 from components.figures.moe import effect_heatmap
 from components.graph import graph, graph_tools
 from components.job_follow import follow_job
@@ -81,9 +82,10 @@ def follow(job_id: str | None, _: Any, ready: str | None):
 @callback(
     Output("moe-effect-box", "children"), Output("moe-effect-said", "children"), Output("moe-sweep-offer", "hidden"),
     Output("moe-effect-box", "hidden"), Output("moe-sweep", "children"), Output("moe-sweep-words", "children"),
-    Input("moe-effect-measure", "value"), Input("moe-effect-over", "value"), Input("moe-sweep-ready", "data"), Input("theme", "data"), State("page-state", "data"),
+    Input("moe-begun", "data"), Input("moe-effect-measure", "value"), Input("moe-effect-over", "value"), Input("moe-sweep-ready", "data"), Input("theme", "data"),
+    State("page-state", "data"), prevent_initial_call=True,
 )  # fmt: skip
-def show(measure: str, over: str, _: Any, theme: str, page: dict[str, Any]):
+def show(_: Any, measure: str, over: str, __: Any, theme: str, page: dict[str, Any]):
     trace, derived = services().library.open(page["trace"]), services().derived
     key = sweep_key(trace, over)
     found, layers = derived.get_array(("expert_sweep", key)), derived.get_json(("expert_sweep_layers", key))
@@ -106,7 +108,7 @@ def _offer(trace: Trace, over: str) -> tuple[str, str]:
     return f"Run {n * prompts:,} ablations", f"One run of each of {prompts} prompts for each expert of each layer. The result is kept."
 
 
-def _ranked(trace: Trace | None, found: Any, layers: list[int], values: Any) -> html.Table:
+def _ranked(trace: Trace | None, found: Any, layers: list[int], values: Any) -> html.Div:
     """The largest effects; of a single trace also how many tokens were routed to the expert."""
     titles = ("Expert", *(("Tokens routed to it",) if trace else ()), "Loss, nats", "Perplexity ×", "KL, nats", "Other top token")
     order = np.argsort(-np.abs(values), axis=None, kind="stable")[:RANKED]
@@ -117,4 +119,4 @@ def _ranked(trace: Trace | None, found: Any, layers: list[int], values: Any) -> 
         cells = (*routed, f"{nll:+.4f}", f"{np.exp(nll):.3f}", f"{kl:.4f}", f"{changed:.1%}")
         rows.append(html.Tr([html.Td(f"{layers[row]}.{expert}"), *(html.Td(cell, className="num") for cell in cells)]))
     head = html.Tr([html.Th(title, className="num" if i else "") for i, title in enumerate(titles)])
-    return html.Table([html.Thead(head), html.Tbody(rows)], className="ls-table compact")
+    return still(html.Table([html.Thead(head), html.Tbody(rows)], className="ls-table compact"))

@@ -42,9 +42,10 @@ def against_card(trace: Trace, asked: str | None) -> html.Section:
 
 @callback(
     Output("moe-compared", "children"), Output("moe-sentence", "children"), Output("moe-compared", "hidden"),
-    Input("moe-against", "value"), Input("moe-layer", "value"), Input("theme", "data"), State("page-state", "data"),
+    Input("moe-begun", "data"), Input("moe-against", "value"), Input("moe-layer", "value"), Input("theme", "data"), State("page-state", "data"),
+    prevent_initial_call=True,
 )  # fmt: skip
-def show_comparison(against: str, layer: int, theme: str, page: dict[str, Any]):
+def show_comparison(_: Any, against: str, layer: int, theme: str, page: dict[str, Any]):
     if not against or against == values.NONE:
         return None, "Choose another trace of a model with as many experts: another prompt, another quantization, or another engine.", True
     try:

@@ -35,9 +35,9 @@ ABOUT_REPEATS = (
 )  # fmt: skip
 
 
-def load_card(trace: Trace) -> html.Section:
-    """Experts across, layers down."""
-    return card("Load of the experts", graph("moe-load", height=values.rows_height(trace)), "One row a layer, one column an expert. Click a cell to choose its layer.",
+def load_card(trace: Trace, figure: Any) -> html.Section:
+    """Experts across, layers down; `figure`: that of `draw_load`."""
+    return card("Load of the experts", graph("moe-load", values.rows_height(trace), figure), "One row a layer, one column an expert. Click a cell to choose its layer.",
                 graph_tools("moe-load", "expert-load"), list(ABOUT_LOAD), className="wide")  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from backend.estimate import in_bytes
 from backend.reports.super_experts import SITES, SuperExperts, outputs_layers, super_experts
 from backend.trace import Trace
 from components.card import card
+from components.drawn import still
 from components.figures.super_experts import largest_heatmap, plain
 from components.graph import graph, graph_tools
 from components.services import services
@@ -47,9 +48,9 @@ def _cost(trace: Trace) -> str:
 
 @callback(
     Output("moe-super", "figure"), Output("moe-super-table", "children"), Output("moe-super-said", "children"),
-    Input("theme", "data"), State("page-state", "data"),
+    Input("moe-begun", "data"), Input("theme", "data"), State("page-state", "data"), prevent_initial_call=True,
 )  # fmt: skip
-def show(theme: str, page: dict[str, Any]):
+def show(_: Any, theme: str, page: dict[str, Any]):
     trace = services().library.open(page["trace"])
     found = known(trace)
     marked = [(each.layer, each.expert) for each in found.verdict.supers]
@@ -85,7 +86,7 @@ def _experts(n: int) -> str:
     return "1 would be" if n == 1 else f"{n} would be"
 
 
-def _table(trace: Trace, found: SuperExperts) -> html.Table:
+def _table(trace: Trace, found: SuperExperts) -> html.Div:
     supers, named = {(each.layer, each.expert) for each in found.verdict.supers}, published(trace.info.name)
     names = ("Expert", "Largest |output|", "with its weight", "of the largest", "Token", "Dimension", "Super", "Published")[: 8 if named else 7]
     head = html.Tr([html.Th(name, className="num" if name in names[1:4] or name == "Dimension" else "") for name in names])
@@ -96,7 +97,7 @@ def _table(trace: Trace, found: SuperExperts) -> html.Table:
             size = float(found.sizes[found.layers.index(layer), expert])
             cells = [html.Td(plain(size), className="num"), html.Td("–", className="num"), html.Td(f"{size / (found.verdict.largest or 1):.2%}", className="num")]
             rows.append(html.Tr([html.Td(f"L{layer}E{expert}"), *cells, html.Td("–"), html.Td("–", className="num"), html.Td("no"), html.Td("yes")]))
-    return html.Table([html.Thead(head), html.Tbody(rows)], className="ls-table compact")
+    return still(html.Table([html.Thead(head), html.Tbody(rows)], className="ls-table compact"))
 
 
 def _row(trace: Trace, each: SuperExpert, is_super: bool, is_published: bool | None) -> html.Tr:

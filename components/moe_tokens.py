@@ -27,16 +27,17 @@ ABOUT_TOKENS = (
 )  # fmt: skip
 
 
-def map_card(trace: Trace) -> html.Section:
-    """Tokens across, layers down."""
-    return card("First expert of every token", graph("moe-map", height=values.rows_height(trace)), html.Span("", id="moe-map-said"), graph_tools("moe-map", "routing"),
-                list(ABOUT_MAP), className="wide")  # fmt: skip
+def map_card(trace: Trace, shown: dict[str, Any]) -> html.Section:
+    """Tokens across, layers down; `shown`: what `draw` says."""
+    picture = graph("moe-map", values.rows_height(trace), shown["map"])
+    return card("First expert of every token", picture, html.Span(shown["map_said"], id="moe-map-said"), graph_tools("moe-map", "routing"), list(ABOUT_MAP), className="wide")
 
 
-def strip_card() -> html.Section:
-    """The tokens as text, coloured by their first expert in the chosen layer."""
-    body = [html.Div(id="moe-strip", className="moe-strip"), drawing("moe-strip"), html.Div(id="moe-legend", className="moe-legend"), drawing("moe-legend")]
-    return card(html.Span("", id="moe-strip-title"), body, html.Span("", id="moe-strip-said"), (), list(ABOUT_MAP), className="wide")
+def strip_card(shown: dict[str, Any]) -> html.Section:
+    """The tokens as text, coloured by their first expert in the chosen layer; `shown`: what `draw` says."""
+    tokens = [html.Div(id="moe-strip", className="moe-strip"), drawing("moe-strip", drawn=shown["strip"])]
+    body = [*tokens, html.Div(id="moe-legend", className="moe-legend"), drawing("moe-legend", drawn=shown["legend"])]
+    return card(html.Span(shown["title"], id="moe-strip-title"), body, html.Span(shown["said"], id="moe-strip-said"), (), list(ABOUT_MAP), className="wide")
 
 
 def tokens_card() -> html.Section:

@@ -73,9 +73,10 @@ def follow(job_id: str | None, _: Any, ready: str | None):
 
 @callback(
     Output("moe-usage-box", "children"), Output("moe-usage-said", "children"), Output("moe-usage-offer", "hidden"), Output("moe-usage-box", "hidden"),
-    Input("moe-layer", "value"), Input("moe-usage-view", "value"), Input("moe-usage-ready", "data"), Input("theme", "data"), State("page-state", "data"),
+    Input("moe-begun", "data"), Input("moe-layer", "value"), Input("moe-usage-view", "value"), Input("moe-usage-ready", "data"), Input("theme", "data"),
+    State("page-state", "data"), prevent_initial_call=True,
 )  # fmt: skip
-def show(layer: int, view: str, _: Any, theme: str, page: dict[str, Any]):
+def show(_: Any, layer: int, view: str, __: Any, theme: str, page: dict[str, Any]):
     trace = services().library.open(page["trace"])
     found = usage(trace)
     if found is None:

@@ -13,6 +13,7 @@ from backend.analysis.aggregate import Moments
 from backend.analysis.attention import METRICS
 from backend.trace import Trace
 from components.batch_results import perplexity
+from components.drawn import still
 from components.figures.aggregate import Group, depth_bands, head_aggregate, with_trace
 from components.figures.theme import no_figure
 from components.graph import graph, graph_tools
@@ -103,7 +104,7 @@ def show_predictions(ready: dict[str, Any] | None, page: dict[str, Any]):
     return predictions_table(row, moments)
 
 
-def predictions_table(row: Row, moments: dict[str, Moments]) -> html.Table:
+def predictions_table(row: Row, moments: dict[str, Moments]) -> html.Div:
     """Log-prob, perplexity, entropy and top-1 share of the trace, of its group, and how far apart they are in the group's standard deviations."""
     head = html.Tr([html.Th(""), *(html.Th(name, className="num") for name in ("This trace", "Group", "Deviations"))])
     rows = []
@@ -114,7 +115,7 @@ def predictions_table(row: Row, moments: dict[str, Moments]) -> html.Table:
         if name == "logprob":
             rows.append(_line("Perplexity", [perplexity(mine), perplexity(mean), ""]))
     rows.append(_line("Prompts", ["1", f"{int(np.max(moments['logprob'].count)):,}", ""]))
-    return html.Table([html.Thead(head), html.Tbody(rows)], className="ls-table compact")
+    return still(html.Table([html.Thead(head), html.Tbody(rows)], className="ls-table compact"))
 
 
 def _line(title: str, cells: list[str]) -> html.Tr:

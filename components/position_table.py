@@ -11,6 +11,7 @@ import numpy as np
 from dash import html
 
 from backend.trace import Trace
+from components.drawn import still
 from components.token_label import predicted_label, token_label
 from components.token_strip import surprises
 
@@ -25,7 +26,7 @@ def block_of(position: int) -> int:
     return position // BLOCK * BLOCK
 
 
-def position_table(trace: Trace, position: int) -> html.Table:
+def position_table(trace: Trace, position: int) -> html.Div:
     """The block that holds `position`, which is marked."""
     start = block_of(position)
     stop = min(start + BLOCK, trace.n_tokens)
@@ -37,7 +38,7 @@ def position_table(trace: Trace, position: int) -> html.Table:
         guesses = [_guess(predicted_label(i, trace.token_text(i), trace.info, 16), float(p)) for i, p in zip(ids[at], probs[at], strict=True)]
         numbers = (float(log_probs[at]), int(ranks[at - 1]) if at else -1, float(entropy[at]))
         rows.append(_row(trace, at, at == position, numbers, guesses))
-    return html.Table([head, html.Tbody(rows)], className="ls-table positions")
+    return still(html.Table([head, html.Tbody(rows)], className="ls-table positions"))
 
 
 def block_words(trace: Trace, position: int) -> str:

@@ -16,7 +16,7 @@ _MOST_ROWS, _MOST_PREDICTIONS = 1000, 300
 _COLUMNS = {"relative_rmse": "Off", "sqnr_db": "SQNR, dB", "rmse": "RMSE", "max_error": "Max error", "cosine": "1 − cosine"}
 
 
-def summary_facts(report: QuantizationReport) -> html.Dl:
+def summary_facts(report: QuantizationReport) -> html.Dl | html.Div:
     """What was compared, and what came out, in numbers."""
     model, reference, found = report.model, report.reference, report.predictions
     smaller = reference["n_bytes"] / model["n_bytes"] if model["n_bytes"] else float("nan")

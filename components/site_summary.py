@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from backend.analysis.activations import STATISTICS, l2_norms, site_statistics, top_dimensions
 from backend.sites import SITES
 from backend.trace import Trace
+from components.drawn import still
 from components.figures.activations import STATISTIC_TITLES
 from components.services import services
 from components.token_label import token_label
@@ -45,7 +46,7 @@ def largest_value(trace: Trace, flat: NDArray[np.float32]) -> str:
     return f"{flat.shape[0]} tokens × {flat.shape[1]:,} dimensions. Largest |x|: {flat[at, dims[0]]:.4g} in dimension {dims[0]} at {token} (position {at}).{also}"
 
 
-def statistics_table(by_name: dict[str, NDArray[np.float32]], layers: list[int], chosen: int) -> html.Table:
+def statistics_table(by_name: dict[str, NDArray[np.float32]], layers: list[int], chosen: int) -> html.Div:
     """One row a layer, one column a statistic; the chosen layer marked."""
     head = html.Tr([html.Th("Layer"), *(html.Th(STATISTIC_TITLES[name], className="num") for name in STATISTICS)])
     rows = [
@@ -53,7 +54,7 @@ def statistics_table(by_name: dict[str, NDArray[np.float32]], layers: list[int],
                 className="chosen" if layer == chosen else "")
         for i, layer in enumerate(layers)
     ]  # fmt: skip
-    return html.Table([html.Thead(head), html.Tbody(rows)], className="ls-table")
+    return still(html.Table([html.Thead(head), html.Tbody(rows)], className="ls-table"))
 
 
 def _shown(name: str, value: float) -> str:

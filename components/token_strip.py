@@ -1,21 +1,17 @@
 """The token strip: the sequence as the spine of every view of a trace. Colour is the chosen metric, the frame the chosen position.
 
-The server renders the tokens once with every metric in CSS variables; assets/token_strip.js holds the one listener for the whole
-strip (clicks, arrow keys, hover) and writes the position into the store `position`. A callback for each token would take 4 times
-as long at a thousand tokens.
+The server sends each metric as one list; assets/token_strip.js makes the tokens of them, with every metric in CSS variables, holds the
+one listener for the whole strip (clicks, arrow keys, hover) and writes the position into the store `position`. A callback for each
+token would take 4 times as long at a thousand tokens.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import numpy as np
-from dash import html
+from dash import ClientsideFunction, Input, Output, clientside_callback, dcc, html
 
 from backend.trace import Trace
-from components.drawn import Drawn, drawing, draws
-from components.token_label import token_label
+from components.token_label import token_labels
 
 METRICS = {"surprise": "surprise, nats", "entropy": "entropy, nats", "none": "no colour"}
 
@@ -25,8 +21,10 @@ FULL_SCALE = {"surprise": 8.0, "entropy": 6.0}
 
 def token_strip(trace: Trace, position: int) -> html.Div:
     """The sticky strip. Surprise is -log p of the token given those before it; entropy is that of the prediction made at the token."""
-    surprise, entropy = surprises(trace), trace.entropy
-    tokens = [_token(trace, at, at == position, s, e) for at, (s, e) in enumerate(zip(surprise.tolist(), entropy.tolist(), strict=True))]
+    tokens = {
+        "labels": token_labels(trace.token_texts, trace.special), "ids": trace.token_ids, "generated": trace.n_prompt, "chosen": position,
+        "surprise": _rounded(surprises(trace)), "entropy": _rounded(trace.entropy), "full": FULL_SCALE,
+    }  # fmt: skip
     menu = html.Select(
         [html.Option(words, value=name) for name, words in METRICS.items()], id="strip-metric", className="strip-metric", title="Metric that colours the tokens"
     )
@@ -37,10 +35,11 @@ def token_strip(trace: Trace, position: int) -> html.Div:
         tabIndex=0,
         **{"data-metric": "surprise", "aria-label": "Tokens; the arrow keys choose a position"},
     )
-    return html.Div([menu, strip, drawing("token-strip", Drawn(tokens))], className="strip")
+    return html.Div([menu, strip, dcc.Store(id="strip-tokens", data=tokens)], className="strip")
 
 
-draws("token-strip")
+# The output is never written: Dash runs a callback when a page opens only if it has one there.
+clientside_callback(ClientsideFunction("layerscope", "drawStrip"), Output("strip-tokens", "id"), Input("strip-tokens", "data"))
 
 
 def surprises(trace: Trace) -> np.ndarray:
@@ -48,20 +47,6 @@ def surprises(trace: Trace) -> np.ndarray:
     return np.concatenate([[np.nan], -trace.next_logprobs[:-1]])
 
 
-def _token(trace: Trace, at: int, chosen: bool, surprise: float, entropy: float) -> list[Any]:
-    classes = ["tok", "chosen" if chosen else "", "generated" if at >= trace.n_prompt else "", "first-generated" if at == trace.n_prompt else ""]
-    data: dict[str, Any] = {
-        "role": "option",
-        "class": " ".join(filter(None, classes)),
-        "style": {"--surprise": _level(surprise, "surprise"), "--entropy": _level(entropy, "entropy")},
-        "data-pos": at,
-        "data-id": trace.token_ids[at],
-        "data-surprise": "" if math.isnan(surprise) else f"{surprise:.3f}",
-        "data-entropy": "" if math.isnan(entropy) else f"{entropy:.3f}",
-        "aria-selected": "true" if chosen else "false",
-    }
-    return ["span", data, [token_label(trace.token_texts[at], at in trace.special)]]
-
-
-def _level(value: float, metric: str) -> str:
-    return "0%" if math.isnan(value) else f"{100 * min(max(value / FULL_SCALE[metric], 0.0), 1.0):.0f}%"
+def _rounded(values: np.ndarray) -> list[float | None]:
+    """Nats to three places; None where there is no number."""
+    return [None if value != value else value for value in np.round(values.astype(np.float64), 3).tolist()]

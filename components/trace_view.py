@@ -17,6 +17,7 @@ from backend.errors import LayerscopeError
 from backend.sites import SITES
 from backend.trace import Trace
 from components import states
+from components.drawn import still
 from components.icons import icon
 from components.services import services
 from components.token_strip import token_strip
@@ -112,11 +113,11 @@ def integrity_badge(trace: Trace) -> html.Details:
     return html.Details([summary, html.Div(integrity_table(trace), className="popup-body popup-wide")], className="popup")
 
 
-def integrity_table(trace: Trace) -> html.Table:
+def integrity_table(trace: Trace) -> html.Div:
     """Every identity of the engine contract: whether it holds, its largest error, the tolerance, how many values were compared."""
     head = html.Thead(html.Tr([html.Th(""), html.Th("Identity"), html.Th("Max error", className="num"), html.Th("Tolerance", className="num")]))
     rows = [_identity_row(name, entry) for name, entry in trace.integrity.items()]
-    return html.Table([head, html.Tbody(rows)], className="ls-table")
+    return still(html.Table([head, html.Tbody(rows)], className="ls-table"))
 
 
 def _identity_row(name: str, entry: Mapping[str, Any]) -> html.Tr:

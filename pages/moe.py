@@ -13,6 +13,7 @@ from dash import ClientsideFunction, Input, Output, State, callback, clientside_
 from backend.reports.routing import routing_layers
 from backend.trace import Trace
 from components import moe_layers, moe_pairs, moe_scores, moe_tokens
+from components.browser_theme import browser_theme
 from components.card import cards
 from components.follow_token import position_in
 from components.moe_ablation import MEASURES, ablation_card
@@ -33,16 +34,21 @@ REQUIRES = ("expert_indices",)
 
 
 def layout(trace: str | None = None, layer: str | None = None, **state: str):
-    return trace_page(__name__, trace, REQUIRES, state, lambda opened: _cards(opened, state), "Which experts served which token.", lambda opened: _layer(opened, layer))
+    def build(opened: Trace) -> list[Any]:
+        at = as_int(state.get("pos"), opened.n_prompt - 1, 0, opened.n_tokens - 1)
+        return _cards(opened, state, {"layer": _chosen(opened, layer), "position": at, "theme": browser_theme()})
+
+    return trace_page(__name__, trace, REQUIRES, state, build, "Which experts served which token.", lambda opened: _layer(opened, _chosen(opened, layer)))
 
 
-def _cards(trace: Trace, asked: dict[str, str]) -> list[Any]:
-    """The page's cards, in the state that its link names."""
+def _cards(trace: Trace, asked: dict[str, str], view: dict[str, Any]) -> list[Any]:
+    """The page's cards, in the state that its link names. What is seen without scrolling comes with them: one question less before it can be drawn."""
+    load, tokens = _first(trace, view).values()
     return [
         cards(
-            load_card(trace),
-            map_card(trace),
-            strip_card(),
+            load_card(trace, load),
+            map_card(trace, tokens),
+            strip_card(tokens),
             probs_card(trace),
             measures_card(),
             together_card(trace),
@@ -55,31 +61,51 @@ def _cards(trace: Trace, asked: dict[str, str]) -> list[Any]:
             usage_card(trace, as_choice(asked.get("usage"), list(VIEWS), "category")),
             super_experts_card(trace),
         ),
+        dcc.Store(id="moe-view", data=view),
         dcc.Store(id="moe-seen"),
+        dcc.Store(id="moe-begun"),
     ]
 
 
-def _layer(trace: Trace, asked: str | None) -> html.Div:
-    """The picker of the layer; the middle one to begin with."""
+def _chosen(trace: Trace, asked: str | None) -> int:
+    """The layer that is asked for; the middle one with experts to begin with."""
     layers = routing_layers(trace)
     chosen = as_int(asked, layers[len(layers) // 2], 0, trace.info.n_layers - 1)
-    options: Any = [{"label": str(each), "value": each} for each in layers]
-    pick = dcc.Dropdown(options, chosen if chosen in layers else layers[0], id="moe-layer", clearable=False, searchable=False, className="picker-narrow")
+    return chosen if chosen in layers else layers[0]
+
+
+def _layer(trace: Trace, chosen: int) -> html.Div:
+    """The picker of the layer."""
+    options: Any = [{"label": str(each), "value": each} for each in routing_layers(trace)]
+    pick = dcc.Dropdown(options, chosen, id="moe-layer", clearable=False, searchable=False, className="picker-narrow")
     return html.Div(html.Label([html.Span("Layer"), pick]), className="controls")
 
 
+def _first(trace: Trace, view: dict[str, Any]) -> dict[str, Any]:
+    """What is seen without scrolling."""
+    layer, theme = view["layer"], view["theme"]
+    return {"load": moe_layers.draw_load(trace, layer, theme), "tokens": moe_tokens.draw(trace, layer, position_in(trace, view["position"]), theme)}
+
+
+# Layer, token and theme, when they are not those that are shown already.
+clientside_callback(
+    ClientsideFunction("layerscope", "moeView"),
+    Output("moe-view", "data"), Input("moe-layer", "value"), Input("position", "data"), Input("theme", "data"), State("moe-view", "data"),
+)  # fmt: skip
+
+
 @callback(
-    output={"load": moe_layers.LOAD_OUTPUT, "tokens": moe_tokens.OUTPUTS},
-    inputs=(Input("moe-layer", "value"), Input("position", "data"), Input("theme", "data"), State("page-state", "data")),
+    output={"load": moe_layers.LOAD_OUTPUT, "tokens": moe_tokens.OUTPUTS}, inputs=(Input("moe-view", "data"), State("page-state", "data")), prevent_initial_call=True
 )
-def show_first(layer: int, position: int | None, theme: str, page: dict[str, Any]):
-    """What is seen without scrolling. One callback for all of it: each one more costs the browser more than the drawing."""
-    trace = services().library.open(page["trace"])
-    return {"load": moe_layers.draw_load(trace, layer, theme), "tokens": moe_tokens.draw(trace, layer, position_in(trace, position), theme)}
+def show_first(view: dict[str, Any], page: dict[str, Any]):
+    """One callback for all that is seen without scrolling: each one more costs the browser more than the drawing."""
+    return _first(services().library.open(page["trace"]), view)
 
 
-# The cards below come when the first ones are on the screen.
-clientside_callback(ClientsideFunction("layerscope", "moeSeen"), Output("moe-seen", "data"), Input("moe-map", "figure"), prevent_initial_call=True)
+# The cards below come when the first ones are on the screen: those that follow the view each time, those of their own pickers (`moe-begun`) once.
+clientside_callback(
+    ClientsideFunction("layerscope", "moeSeen"), Output("moe-seen", "data"), Output("moe-begun", "data"), Input("moe-map", "figure"), State("moe-begun", "data")
+)
 
 
 @callback(

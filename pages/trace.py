@@ -13,6 +13,7 @@ from dash import Input, Output, State, callback, dcc, html, no_update
 from backend.trace import Trace
 from components.card import card
 from components.controls import facts
+from components.drawn import still
 from components.position_table import block_of, block_words, position_table
 from components.services import services
 from components.token_label import predicted_label, token_label
@@ -82,7 +83,7 @@ def show_top(position: int | None, page: Mapping[str, Any]) -> tuple[Any, str, s
     label = token_label(trace.token_texts[at], at in trace.special, 24)
     rest = 1.0 - float(np.exp(trace.top_logprobs[at]).sum())
     what = f"Position {at}. " + (f"Then comes {token_label(trace.token_texts[at + 1], at + 1 in trace.special, 24)} (marked). " if follows is not None else "")
-    table = html.Div(html.Table([head, html.Tbody(rows)], className="ls-table compact"), className="table-scroll table-tall")
+    table = still(html.Table([head, html.Tbody(rows)], className="ls-table compact"), "table-scroll table-tall")
     return table, f"Next token after {label}", f"{what}All other tokens together: {max(rest, 0.0):.3f}."
 
 

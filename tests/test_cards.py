@@ -73,12 +73,15 @@ def parts(component: Any) -> Iterator[Component]:
     elif isinstance(component, Component):
         yield component
         yield from parts(getattr(component, "children", None))
+        yield from parts(getattr(component, "content", None))  # of a still
 
 
 def text_of(component: Any) -> str:
     if isinstance(component, (list, tuple)):
         return "".join(map(text_of, component))
-    return text_of(getattr(component, "children", None)) if isinstance(component, Component) else "" if component is None else str(component)
+    if not isinstance(component, Component):
+        return "" if component is None else str(component)
+    return text_of(getattr(component, "children", None)) + text_of(getattr(component, "content", None))
 
 
 def problems(section: Component) -> list[str]:

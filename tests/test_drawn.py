@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
 from dash import dcc, html
 
-from components.drawn import Drawn, elements
+from components.drawn import elements, is_still, still
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 
@@ -28,6 +31,28 @@ def test_empty_attributes_are_left_out_and_numbers_become_text():
     assert elements([html.Span(7, className="", title=None), None]) == [["span", {}, ["7"]]]
 
 
-def test_what_is_drawn_already_is_passed_on_as_it_is():
-    made = [["span", {"class": "tok"}, ["a"]], ["span", {}, ["b"]]]
-    assert elements(Drawn(made)) == made and elements([Drawn(made), "end"]) == [*made, "end"]
+def test_a_still_is_one_component_with_everything_in_an_attribute():
+    table = html.Table(html.Tbody(html.Tr([html.Td("a<b", className="num"), html.Td(3)])), className="ls-table")
+    made = still(table)
+    assert json.loads(made.to_plotly_json()["props"]["data-still"]) == elements(table)
+    assert getattr(made, "children", None) is None and made.content is table
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        html.Span("", id="written-by-a-callback"),
+        html.Button("x", n_clicks=0),
+        html.A("link", href="/"),
+        html.Script("x"),
+        dcc.Store(id="x"),
+        html.Div([html.B("deep"), html.Div(html.Span("", id="x"))]),
+    ],
+    ids=lambda content: type(content).__name__,
+)
+def test_what_a_callback_could_use_or_an_address_is_no_still(content: Any):
+    assert not is_still(content)
+
+
+def test_tools_and_texts_are_still():
+    assert is_still([html.Button("PNG", className="tool", title="Save", **{"data-tool": "png"}), html.Details([html.Summary("About"), html.Div(html.P("It is."))]), "x", 3, None])

@@ -67,7 +67,7 @@ def moments(*values: float) -> Moments:
 def test_predictions_beside_the_group():
     row: Row = {name: np.asarray(value) for name, value in {"logprob": -1.0, "entropy": 2.0, "top1": math.nan}.items()}
     table = predictions_table(row, {"logprob": moments(-1.0, -3.0, -5.0), "entropy": moments(2.0, 2.0, 2.0), "top1": moments(math.nan)})
-    said = [[cell.children for cell in line.children] for line in table.children[1].children]
+    said = [[cell.children for cell in line.children] for line in table.content.children[1].children]
     assert said == [
         ["Log-prob, nats", "-1.000", "-3.000 ± 2.000", "+1.00"],  # (-1 - -3) / 2
         ["Perplexity", "2.72", "20.09", ""],

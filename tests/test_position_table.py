@@ -36,14 +36,14 @@ def rows(table) -> list[list[str]]:
             return "".join(map(text, node))
         return text(getattr(node, "children", None))
 
-    return [[text(cell) for cell in row.children] for row in table.children[1].children]
+    return [[text(cell) for cell in row.children] for row in table.content.children[1].children]
 
 
 def test_it_shows_the_block_of_the_chosen_position_and_marks_it(trace):
     table = position_table(trace, BLOCK + 5)
     numbers = [row[0] for row in rows(table)]
     assert numbers == [str(at) for at in range(BLOCK, 2 * BLOCK)]
-    assert [row.className for row in table.children[1].children].index("chosen") == 5
+    assert [row.className for row in table.content.children[1].children].index("chosen") == 5
     assert [row[0] for row in rows(position_table(trace, N - 1))][-1] == str(N - 1)
     assert f"Positions {BLOCK} to {2 * BLOCK - 1} of {N}" in block_words(trace, BLOCK + 5)
 

@@ -132,7 +132,7 @@ def words(component: Any) -> str:
     """All text of a component, in order."""
     if isinstance(component, (list, tuple)):
         return " ".join(words(part) for part in component)
-    children = getattr(component, "children", component)
+    children = getattr(component, "content", getattr(component, "children", component))  # of a still its content
     return "" if children is None else str(children) if isinstance(children, (str, int, float)) else words(children)
 
 

@@ -88,7 +88,7 @@ def test_the_table_names_the_published_super_experts_of_a_model_of_that_name(tmp
 
     trace = traced(planted(tmp_path / "Mixtral-8x7B-tiny").hf, tmp_path / "traces")
     table = _table(trace, super_experts(trace))
-    head, body = table.children
+    head, body = table.content.children
     rows = {row.children[0].children: [cell.children for cell in row.children] for row in body.children}
     assert [cell.children for cell in head.children.children][-2:] == ["Super", "Published"]
     assert rows["L1E3"][-2:] == ["no", "yes"] and rows[f"L{LAYER}E{EXPERT}"][-2:] == ["yes", "–"]

@@ -163,3 +163,21 @@ def test_nothing_is_wider_than_the_window(moe_server, opened, page, width):
     page.set_viewport_size({"width": width, "height": 900})
     opened(moe_server[1])
     assert page.evaluate("() => document.documentElement.scrollWidth") <= width
+
+
+def test_what_is_seen_first_comes_with_the_page_in_the_browsers_theme(opened, moe_server):
+    """No question to the server stands between the page and its first pictures: `moe-view`'s callback, which would redraw them, is not called."""
+    asked: list[str] = []
+    page = opened(moe_server[1])
+    page.evaluate("() => document.getElementById('theme-button').click()")  # dark, unless it was; a cookie remembers it
+    page.wait_for_load_state("networkidle")
+    theme = page.evaluate("() => document.documentElement.getAttribute('data-bs-theme')")
+    page.wait_for_timeout(500)  # until the figures are redrawn
+    colour = page.evaluate("() => document.querySelector('#moe-load .js-plotly-plot')._fullLayout.font.color")
+    page.on("request", lambda request: asked.append(request.post_data or ""))
+    opened(moe_server[1])
+    page.wait_for_load_state("networkidle")
+    assert page.evaluate("() => document.documentElement.getAttribute('data-bs-theme')") == theme
+    assert page.evaluate("() => document.querySelector('#moe-load .js-plotly-plot')._fullLayout.font.color") == colour
+    assert not any('"moe-view.data"' in body or '"id":"moe-view"' in body for body in asked)
+    assert any('"id":"moe-seen"' in body for body in asked)  # the search sees the callback of the cards below
