@@ -32,8 +32,8 @@
             if (change.type === "attributes") hosts.add(change.target);
             for (const node of change.addedNodes) {
                 if (node.nodeType !== Node.ELEMENT_NODE) continue;
-                if (node.dataset.still !== undefined) hosts.add(node);
-                for (const inside of node.querySelectorAll("[data-still]")) hosts.add(inside);
+                if (node.dataset?.still !== undefined) hosts.add(node);
+                if (node.firstElementChild) for (const inside of node.querySelectorAll("[data-still]")) hosts.add(inside);
             }
         }
         for (const host of hosts) fill(host);
