@@ -65,7 +65,7 @@ def eager_model(folder: Path) -> Any:
     """transformers' own model with its own eager attention: the oracle."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager").eval()
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 def capture(engine: Engine, ids: list[int], sites: tuple[str, ...] | None = None, edits: tuple[Intervention, ...] = ()) -> Values:

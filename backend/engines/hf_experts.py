@@ -8,7 +8,8 @@ So a layer whose `expert_out` nobody asks for costs nothing, and one that is ask
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from backend.engines import Where
@@ -59,3 +60,14 @@ def hang_gated(model: nn.Module, tap: Tap, shared: GatedExpert, layer: int, plac
         return torch.full_like(output, float("inf"))
 
     return [model.get_submodule(name).register_forward_hook(on_expert), model.get_submodule(gate).register_forward_hook(on_gate)]
+
+
+@contextmanager
+def one_by_one(model: Any) -> Iterator[None]:
+    """Let transformers compute each expert in products of its own, with its slice of the weights, for the length of a `with`."""
+    before = model.get_experts_implementation()
+    model.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_experts_implementation(before)
