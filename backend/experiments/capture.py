@@ -25,6 +25,7 @@ from backend.analysis import logits as logits_analysis
 from backend.analysis.identities import Identities, tolerances
 from backend.engines import Engine, Piece, Request, Sampling, ShouldStop, never_stop
 from backend.engines.native import NativePiece
+from backend.engines.threads import trim_heap
 from backend.errors import LayerscopeError
 from backend.experiments import Context, Progress, no_progress
 from backend.experiments.aside import Aside
@@ -39,6 +40,7 @@ from backend.tracefile.trace_writer import TraceWriter
 
 TOP_K = 20
 _SUMMARY_ROWS = 32  # positions whose logits are summarised at once
+_LAYERS_UNTRIMMED = 4
 THUMBNAIL_SIZE = 48
 # Free disk left untouched by a capture, on top of the trace's own estimated size.
 DISK_RESERVE = 256 << 20
@@ -156,6 +158,8 @@ class _Run:
             return
         if piece.layer is not None and piece.layer != self._layer:
             self._layer = piece.layer
+            if piece.layer % _LAYERS_UNTRIMMED == 0:
+                trim_heap()
             self._tell(piece.layer, piece.start, piece.values.shape[1 if SITES[piece.site].is_attention_map else 0])
         self.identities.add(piece.site, piece.layer, piece.values, piece.start)
         if piece.site == "logits":
