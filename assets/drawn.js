@@ -48,7 +48,9 @@
         const host = document.getElementById(id);
         if (host && (!again || !host.hasChildNodes())) {
             host.replaceChildren(...items.map(make));
-            if (host.matches(".strip-tokens")) requestAnimationFrame(() => host.querySelector(".chosen")?.scrollIntoView({ block: "nearest" }));
+            if (host.matches(".strip-tokens")) {  // once its font is there: before, its lines break elsewhere
+                document.fonts.ready.then(() => requestAnimationFrame(() => host.querySelector(".chosen")?.scrollIntoView({ block: "nearest" })));
+            }
         }
         if (items.length && tries > 0 && (tries > 90 || !host)) setTimeout(() => place(id, items, tries - 1, true), 50);
     }

@@ -12,8 +12,8 @@
         for (const row of document.querySelectorAll("tr[data-pos]")) row.classList.toggle("chosen", Number(row.dataset.pos) === position);
     }
 
-    const number = (value) => (value === null ? "" : value.toFixed(3));
-    const level = (value, full) => `${value === null ? 0 : Math.round(100 * Math.min(Math.max(value / full, 0), 1))}%`;
+    const number = (value) => (value === null ? "" : Number(value).toFixed(3));
+    const level = (value, full) => `${value === null ? 0 : Math.round(100 * Math.min(Math.max(Number(value) / full, 0), 1))}%`;
 
     /** The elements of one token, as assets/drawn.js makes them. */
     function token({ labels, ids, surprise, entropy, generated, chosen, full }, at) {

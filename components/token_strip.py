@@ -7,6 +7,8 @@ token would take 4 times as long at a thousand tokens.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from dash import ClientsideFunction, Input, Output, clientside_callback, dcc, html
 
@@ -47,6 +49,6 @@ def surprises(trace: Trace) -> np.ndarray:
     return np.concatenate([[np.nan], -trace.next_logprobs[:-1]])
 
 
-def _rounded(values: np.ndarray) -> list[float | None]:
-    """Nats to three places; None where there is no number."""
-    return [None if value != value else value for value in np.round(values.astype(np.float64), 3).tolist()]
+def _rounded(values: np.ndarray) -> list[float | str | None]:
+    """Nats to three places; None where there is no number. JSON has no infinity, but JavaScript reads its name."""
+    return [None if math.isnan(value) else "Infinity" if math.isinf(value) else value for value in np.round(values.astype(np.float64), 3).tolist()]

@@ -45,7 +45,7 @@ def trim_heap() -> None:
     """Give free pages of the heap back to the system, where the C library can do that (glibc's malloc_trim).
 
     Between a layer's large arrays lie small things that stay, so that the heap grows with every layer though nothing large is kept: measured with PyTorch, 32 layers of a
-    small model took 1.5 times the memory of 8, and 1.16 with this every fourth layer, in the same time.
+    small model took 1.5 times the memory of 8, and 1.1 with this every fourth layer, in the same time.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
