@@ -22,7 +22,8 @@ from backend.errors import LayerscopeError, SiteNotCaptured
 from backend.model_info import ModelInfo
 from backend.sites import NATIVE, SITES, resolve_site
 from backend.tracefile.half_precision import from_float16
-from backend.tracefile.trace_layout import FORMAT, NATIVE_GROUP, VERSION, read_json, site_path, stored_sites
+from backend.tracefile.packed_maps import unpack
+from backend.tracefile.trace_layout import FORMAT, NATIVE_GROUP, PACKED, VERSION, read_json, site_path, stored_sites
 from backend.weight_names import GGUF_NAMES, HF_NAMES
 
 _W_O = "blocks.{}.attn.W_O"  # an architecture without a row has no matrix of this name
@@ -64,9 +65,10 @@ class Trace:
         if attrs.get("format") != FORMAT or not attrs.get("complete"):
             self._file.close()
             raise LayerscopeError(f"{self.path.name} is not a finished Layerscope trace.")
-        if int(attrs["version"]) > VERSION:
+        version = int(attrs["version"])
+        if version > VERSION:
             self._file.close()
-            raise LayerscopeError(f"{self.path.name} has trace format {int(attrs['version'])}; this Layerscope reads up to {VERSION}.")
+            raise LayerscopeError(f"{self.path.name} has trace format {version}; this Layerscope reads up to {VERSION}.")
         self.id: str = str(attrs["id"])
         self.created_at: str = str(attrs["created_at"])
         self.engine: str = str(attrs["engine"])
@@ -151,8 +153,11 @@ class Trace:
         heads, rows = self.kept(name, layer)
         if head not in heads:
             raise LayerscopeError(f"Head {layer}.{head} was not captured; of layer {layer} the trace holds {', '.join(f'{layer}.{h}' for h in heads)}.")
-        stored = dataset[head, q, k]
+        packed = PACKED in dataset.attrs
+        stored = dataset[head] if packed else dataset[head, q, k]
         values = from_float16(stored) if stored.dtype == np.float16 else np.asarray(stored, np.float32)
+        if packed:
+            values = unpack(values, self.n_tokens, dataset.fillvalue)[q, k]
         if rows != (0, self.n_tokens):
             at = np.arange(self.n_tokens)[q]
             values[(at < rows[0]) | (at >= rows[1])] = np.nan
@@ -198,7 +203,8 @@ class Trace:
 
     def source(self, site: str, layer: int | None = None) -> str:
         """The native tensor or module that a stored site came from."""
-        return str(self._dataset(site, layer).attrs["source"])
+        source = self._dataset(site, layer).attrs["source"]
+        return source.decode() if isinstance(source, bytes) else str(source)
 
     def _dataset(self, site: str, layer: int | None) -> h5py.Dataset:
         path = site_path(site, layer)
@@ -238,7 +244,7 @@ class Trace:
 
     def _whole_map(self, site: str, layer: int) -> NDArray[np.float32]:
         """Every head of an attention map; NaN where it was not captured."""
-        shape = self._dataset(site, layer).shape
+        shape = (len(self._dataset(site, layer)), self.n_tokens, self.n_tokens)
         if 4 * math.prod(shape) > _MAP_BYTES:
             raise LayerscopeError(f"{site} of layer {layer} takes {4 * math.prod(shape) / 1e9:.1f} GB, the limit is {_MAP_BYTES / 1e9:.1f}; read single heads with trace.head.")
         whole = np.full(shape, np.nan, np.float32)

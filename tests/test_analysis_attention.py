@@ -149,3 +149,50 @@ def test_reduce_max_says_which_rows_and_columns_a_cell_stands_for():
     assert (rows[0], rows[-1], columns[-1]) == (0, 300, 300)
     for a, b in [(0, 0), (100, 7), (255, 99)]:
         assert reduced[a, b] == pattern[rows[a] : rows[a + 1], columns[b] : columns[b + 1]].max()
+
+
+def test_one_pass_over_a_pattern_finds_what_numpy_does(start=37, cell=7):
+    rng = np.random.default_rng(6)
+    padded = np.zeros((3, 20, 64), np.float32)  # a kernel's own memory has rows that are longer than the keys
+    padded[:, :, : start + 20] = causal(rng, 3, start + 20)[:, start:]
+    pattern = padded[:, :, : start + 20]
+    for part in (pattern, pattern.astype(np.float64), pattern[:, ::-1][:, ::-1], pattern[[2, 0, 1]]):
+        read, exact = attention.read_pattern(part, start, cell), part.astype(np.float64)
+        np.testing.assert_allclose(read.mass, exact.sum(-1), rtol=1e-6)
+        np.testing.assert_allclose(read.entropy, stats.entropy(exact, axis=-1), atol=2e-6)
+        np.testing.assert_allclose(read.distance, (exact * (start + np.arange(20)[:, None] - np.arange(start + 20))).sum(-1), rtol=1e-5)
+        assert read.finite and not read.least.any() and not read.beyond.any()
+        for c in range(read.peaks.shape[1]):
+            rows = slice(max((start // cell + c) * cell - start, 0), (start // cell + c + 1) * cell - start)
+            for d in range(read.peaks.shape[2]):
+                np.testing.assert_array_equal(read.peaks[:, c, d], part[:, rows, d * cell : (d + 1) * cell].max((-2, -1)))
+
+
+def test_one_pass_over_a_pattern_finds_what_is_wrong_with_it():
+    pattern = uniform(6).repeat(4, 0)
+    pattern[0, 2, 1] = -0.25
+    pattern[1, 2, 4], pattern[1, 0, 5] = -0.5, 0.125
+    pattern[2, 3, 1] = np.nan
+    pattern[3, 3, 5] = np.nan
+    read = attention.read_pattern(pattern)
+    assert read.least.tolist() == [-0.25, -0.5, 0, 0]
+    assert read.beyond.tolist() == [0, 0.5, 0, np.inf]
+    assert np.isnan(read.mass[2]).tolist() == [False, False, False, True, False, False]
+    assert not read.finite and attention.read_pattern(pattern[:2]).finite
+    assert read.mass[1, 2] == pytest.approx(0.5) and read.mass[0, 2] == pytest.approx(1 - 0.25 - 1 / 3)
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-45, 1e-38, 1e-30, 2.0**-14, 1 / 3, 0.70710677, 0.9999999, 1.0])
+def test_entropy_holds_from_the_smallest_number_to_one(value):
+    pattern = np.full((1, 1, 1), value, np.float32)
+    expected = -float(pattern[0, 0, 0]) * np.log(float(pattern[0, 0, 0])) if value else 0.0
+    assert attention.entropy(pattern)[0, 0] == pytest.approx(expected, rel=3e-7, abs=1e-36)
+
+
+def test_where_no_folder_can_be_written_the_loops_are_compiled_each_time(monkeypatch):
+    from numba.core import caching
+
+    from backend.analysis.compiled import compiled
+
+    monkeypatch.setattr(caching.CompileResultCacheImpl, "_locator_classes", [])
+    assert compiled()(lambda x: x + 1)(1) == 2

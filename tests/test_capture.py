@@ -11,6 +11,7 @@ from backend.analysis import attention
 from backend.engines import OpenOptions, Piece, Request, open_engine
 from backend.errors import Cancelled, LayerscopeError
 from backend.experiments.aside import Aside
+from backend.experiments.between import Between
 from backend.experiments.capture import CaptureSpec, capture
 from backend.experiments.logit_lens import lens_of_trace, lens_target
 from backend.intervention import Intervention
@@ -257,18 +258,20 @@ def test_a_lens_made_later_is_the_lens_that_the_capture_makes(engine, tmp_path):
             np.testing.assert_allclose(values, expected, rtol=1e-3, atol=1e-4, err_msg=name)
 
 
-def test_checking_the_logits_while_the_run_is_still_on_hands_nothing_out_again(engine, tmp_path, monkeypatch):
-    """The check runs beside the engine and goes through the final norm and W_U, where the run's own hooks may still hang."""
+@pytest.mark.parametrize("way", [Aside, Between])
+def test_checking_the_logits_while_the_run_is_still_on_hands_nothing_out_again(engine, tmp_path, monkeypatch, way):
+    """The check runs beside the engine, or between its steps, and goes through the final norm and W_U, where the run's own hooks may still hang."""
     seen: list[tuple[str, int]] = []
-    real = Aside.put
+    real = way.put
 
-    def slow(self: Aside, piece: Piece) -> None:
+    def slow(self: Aside | Between, piece: Piece) -> None:
         seen.append((piece.site, piece.start))
         real(self, piece)
         if piece.site == "logits":
             time.sleep(0.3)  # the engine is held here, inside its run, while the piece is checked
 
-    monkeypatch.setattr(Aside, "put", slow)
+    monkeypatch.setattr(way, "put", slow)
+    monkeypatch.setattr("backend.experiments.capture.sink_for", lambda engine, work: way(work))
     ids = tuple(i * 7 % 300 for i in range(600))  # two pieces
     spec = CaptureSpec(token_ids=ids, sites=("resid_post", "ln_final_out"), precision="float32", lens=False)
     with Trace(capture(engine, spec, tmp_path)) as trace:
@@ -277,3 +280,20 @@ def test_checking_the_logits_while_the_run_is_still_on_hands_nothing_out_again(e
         whole = {}
         engine.run(list(ids), Request(("ln_final_out",)), lambda piece: whole.update({piece.start: np.array(piece.values)}))
         np.testing.assert_array_equal(trace["ln_final_out"], np.concatenate([whole[0], whole[512]]))
+
+
+def test_beside_the_engine_and_between_its_steps_the_same_trace_is_made(engine, tmp_path, monkeypatch):
+    spec = CaptureSpec(prompt="The quick brown fox", lens=False)
+    traces = []
+    for way in (Aside, Between):
+        monkeypatch.setattr("backend.experiments.capture.sink_for", lambda engine, work, way=way: way(work))
+        traces.append(Trace(capture(engine, spec, tmp_path)))
+    beside, between = traces
+    assert list(beside) == list(between) and beside.integrity == between.integrity
+    for site, layer in beside:
+        key = site if layer is None else (site, layer)
+        np.testing.assert_array_equal(beside[key], between[key])
+    for name in beside.results:
+        np.testing.assert_array_equal(beside.result(name), between.result(name))
+    for trace in traces:
+        trace.close()

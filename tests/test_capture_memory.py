@@ -20,7 +20,7 @@ class LayeredEngine:
     """An engine of any depth that computes nothing: it hands out fresh arrays, layer after layer, as a real one does."""
 
     sites = frozenset((*CAPTURED, "embed", "logits"))
-    version, compute, n_ctx, unchecked = "none", "float32", 1024, {}
+    version, compute, n_ctx, unchecked, on_cpu = "none", "float32", 1024, {}, False
 
     def __init__(self, n_layers: int) -> None:
         self.info = ModelInfo("deep", "", "hf", "llama", n_layers, n_heads=4, n_kv_heads=4, d_model=64, d_head=16, d_mlp=64, d_vocab=50, n_ctx=1024)
@@ -62,9 +62,9 @@ def peak_bytes(n_layers: int, folder: Path) -> int:
     return peak
 
 
-def test_sixteen_layers_need_no_more_memory_than_four(tmp_path):
+def test_thirty_two_layers_need_no_more_memory_than_sixteen(tmp_path):
     peak_bytes(1, tmp_path)  # imports and caches
-    four, sixteen = peak_bytes(4, tmp_path), peak_bytes(16, tmp_path)
+    sixteen, thirty_two = peak_bytes(16, tmp_path), peak_bytes(32, tmp_path)
     one_layer = 4 * N_TOKENS * (4 * N_TOKENS + 5 * 64)
-    assert four > one_layer  # the measure sees the arrays
-    assert sixteen < four + 2 * one_layer  # twelve more layers; how many of them wait to be compressed depends on how busy the cores are
+    assert sixteen > one_layer  # the measure sees the arrays
+    assert thirty_two < sixteen + one_layer  # a batch of chunks and the layers that wait for it, however many follow

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from backend.analysis.identities import Identities, relative_error, tolerances
+from backend.analysis.identities import Identities, relative_error, sum_error, tolerances
 from backend.model_info import ModelInfo
 
 N_LAYERS, N_HEADS, D_HEAD, D_MODEL, D_VOCAB, EXPERTS, CHOSEN, N_TOKENS = 3, 2, 4, 8, 20, 4, 2, 7
@@ -238,3 +238,18 @@ def test_relative_error_is_measured_against_the_captured_value():
     assert relative_error(np.zeros(3), np.zeros(3)) == 0
     assert relative_error(np.ones(3), np.zeros(3)) == float("inf")
     assert relative_error(np.ones((2, 3)), np.ones((3, 2))) == float("inf")
+
+
+@pytest.mark.parametrize("spoilt", [None, np.nan, np.inf, -np.inf, 1e30])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_the_error_of_a_sum_without_a_copy_is_that_of_the_sum(spoilt, which):
+    rng = np.random.default_rng(which)
+    arrays = [rng.normal(size=(7, 33)).astype(np.float32) for _ in range(3)]
+    if spoilt is not None:
+        arrays[which][3, 5] = spoilt
+    a, b, total = arrays
+    with np.errstate(invalid="ignore", over="ignore"):
+        expected = relative_error(a + b, total)
+    assert sum_error(a, b, total) == pytest.approx(expected, rel=1e-6)
+    assert sum_error(a, b, total[:6]) == np.inf
+    assert sum_error(a, b, a + b) == (0 if spoilt is None or which == 2 or spoilt == 1e30 else np.inf)

@@ -11,9 +11,10 @@ starts at `start` is (head, n, start + n). Entropy in nats, distance in tokens, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from backend.analysis.activations import bucket_edges
@@ -23,9 +24,55 @@ Pattern = NDArray[np.floating]
 METRICS = ("entropy", "entropy_norm", "sink", "previous", "duplicate", "induction", "distance")
 
 
+@dataclass(frozen=True)
+class PatternRows:
+    """What one pass over a pattern finds (`read_pattern`); float32 sums, which err by about 1e-6.
+
+    mass: (head, q) sum_k A[i, k] of each row. entropy, distance: (head, q) -sum_k A ln A in nats, sum_k A[i, k] (i - k) in tokens, k up to the diagonal.
+    least: (head,) the smallest value, 0 if none is negative. beyond: (head,) the largest |value| after the diagonal, NaN counting as infinite.
+    peaks: (head, c, d) the largest value of every cell of a thumbnail that the rows touch, NaN left out; `cell`: tokens along each side of one.
+    """
+
+    start: int
+    cell: int
+    mass: NDArray[np.float32]
+    entropy: NDArray[np.float32]
+    distance: NDArray[np.float32]
+    least: NDArray[np.float32]
+    beyond: NDArray[np.float32]
+    peaks: NDArray[np.float32]
+
+    @property
+    def finite(self) -> bool:
+        """True only if no value of the pattern is NaN or infinite."""
+        return bool(np.isfinite(self.mass.sum()) and np.isfinite(self.beyond.sum()))
+
+
+def read_pattern(pattern: Pattern, start: int = 0, cell: int = 1) -> PatternRows:
+    """Rows `start` to `start + n` of a prompt's pattern (head, n, start + n), read once. Compiled at first use, which takes a second on a new machine."""
+    from backend.analysis import compiled
+
+    n_heads, n, n_keys = pattern.shape
+    flat, head_step, row_step = _flat(pattern)
+    mass, entropies, distances = (np.empty((n_heads, n), np.float32) for _ in range(3))
+    least, beyond = np.empty(n_heads, np.float32), np.empty(n_heads, np.float32)
+    peaks = np.zeros((n_heads, -(-(start + n) // cell) - start // cell, -(-n_keys // cell)), np.float32)
+    compiled.read_rows(flat, head_step, row_step, start, cell, mass, entropies, distances, least, beyond, peaks, np.empty(n_keys, np.float32))
+    return PatternRows(start, cell, mass, entropies, distances, least, beyond, peaks)
+
+
+def _flat(pattern: Pattern) -> tuple[NDArray[np.float32], int, int]:
+    """A pattern's memory as one line of float32, and the steps from head to head and from row to row in it; copied only if it is in another type or order."""
+    values = pattern if pattern.dtype == np.float32 and pattern.strides[2] == 4 and min(pattern.strides) > 0 else np.ascontiguousarray(pattern, np.float32)
+    head_step, row_step = values.strides[0] // 4, values.strides[1] // 4
+    n_heads, n, n_keys = values.shape
+    size = (n_heads - 1) * head_step + (n - 1) * row_step + n_keys if values.size else 0
+    return as_strided(values, (size,), (4,), writeable=False), head_step, row_step
+
+
 def entropy(pattern: Pattern) -> NDArray[np.float64]:
-    """-sum_k A ln A of each row, in nats: 0 looks at one token, ln(i + 1) at all i + 1 alike. (head, q, k) -> (head, q)."""
-    return _row_entropy(pattern)
+    """-sum_k A ln A of each row, in nats: 0 looks at one token, ln(i + 1) at all i + 1 alike. (head, q, k) -> (head, q); the last rows, if q < k."""
+    return read_pattern(pattern, pattern.shape[2] - pattern.shape[1]).entropy.astype(np.float64)
 
 
 def entropy_normalised(pattern: Pattern, start: int = 0) -> NDArray[np.float64]:
@@ -72,22 +119,20 @@ def mean_distance(pattern: Pattern) -> NDArray[np.float64]:
     return _mean_where_defined(row_scores(pattern, range(pattern.shape[2]))["distance"])
 
 
-def row_scores(pattern: Pattern, ids: Sequence[int], start: int = 0, links: Links | None = None) -> dict[str, NDArray[np.float64]]:
+def row_scores(pattern: Pattern, ids: Sequence[int], start: int = 0, links: Links | None = None,
+               read: PatternRows | None = None) -> dict[str, NDArray[np.float64]]:  # fmt: skip
     """Every metric of `METRICS` for each query row: (head, q) arrays, NaN where a row cannot answer.
 
     pattern: (head, n, start + n) rows `start` to `start + n` of the prompt; ids: the whole prompt's tokens, or more of them.
-    links: `Links(ids)`, when many patterns of one prompt are scored.
+    links: `Links(ids)`, when many patterns of one prompt are scored. read: what `read_pattern` said of it, where it has been asked.
     """
-    links = links or Links(ids)
+    links, read = links or Links(ids), read or read_pattern(pattern, start)
     n_heads, n, n_keys = pattern.shape
     rows = {name: np.empty((n_heads, n)) for name in METRICS}
     copies, successors = links.between(start, n, n_keys)
     most = np.log(start + np.arange(n) + 1.0)
-    for h, head in enumerate(pattern):
-        rows["duplicate"][h] = copies.mass(head)
-        rows["induction"][h] = successors.mass(head)
-    rows["entropy"] = _row_entropy(pattern, start)
-    rows["distance"] = _row_distance(pattern, start)
+    rows["duplicate"], rows["induction"] = copies.mass(pattern), successors.mass(pattern)
+    rows["entropy"], rows["distance"] = read.entropy.astype(np.float64), read.distance.astype(np.float64)
     rows["entropy_norm"] = np.divide(rows["entropy"], most, out=np.zeros((n_heads, n)), where=most > 0)
     rows["sink"] = pattern[:, :, 0].astype(np.float64)
     rows["previous"] = _previous_rows(pattern, start)
@@ -164,10 +209,14 @@ class Pairs:
         self.rows, self.columns, self.n, self.n_keys = rows, columns, n, n_keys
         self._lacking = np.bincount(rows, minlength=n) == 0
 
-    def mass(self, head: NDArray[np.floating]) -> NDArray[np.float64]:
-        """Sum of the cells of each row of a map (n, n_keys); NaN for a row without cells. (n,)."""
-        sums = np.bincount(self.rows, weights=head[self.rows, self.columns], minlength=self.n).astype(np.float64)  # integers where there is no pair
-        sums[self._lacking] = np.nan
+    def mass(self, pattern: Pattern) -> NDArray[np.float64]:
+        """Sum of the cells of each row of every map (head, n, n_keys); NaN for a row without cells. (head, n)."""
+        from backend.analysis import compiled
+
+        flat, head_step, row_step = _flat(pattern)
+        sums = np.zeros((len(pattern), self.n))
+        compiled.pair_mass(flat, head_step, row_step, self.rows, self.columns, sums)
+        sums[:, self._lacking] = np.nan
         return sums
 
 
@@ -187,10 +236,11 @@ def reduce_max(values: Pattern, rows: int, columns: int) -> tuple[NDArray, NDArr
 
 def thumbnail_side(n_tokens: int, size: int = 48) -> int:
     """Cells along each side of a head's small picture: every cell stands for the same number of tokens, and there are at most `size`."""
-    return -(-n_tokens // _cell_tokens(n_tokens, size))
+    return -(-n_tokens // thumbnail_cell(n_tokens, size))
 
 
-def _cell_tokens(n_tokens: int, size: int) -> int:
+def thumbnail_cell(n_tokens: int, size: int = 48) -> int:
+    """Tokens along each side of one cell of a thumbnail."""
     return max(1, -(-n_tokens // size))
 
 
@@ -201,86 +251,23 @@ def thumbnails(pattern: Pattern, size: int = 48) -> NDArray[np.uint8]:
     return out
 
 
-def add_to_thumbnails(out: NDArray[np.uint8], pattern: Pattern, start: int, n_tokens: int, size: int = 48) -> None:
+def add_to_thumbnails(out: NDArray[np.uint8], pattern: Pattern, start: int, n_tokens: int, size: int = 48, read: PatternRows | None = None) -> None:
     """Paint one piece of a long prompt into `out` (head, t, t), in place; a cell keeps its largest value over all pieces.
 
-    pattern: (head, n, start + n), rows `start` to `start + n` of a prompt of `n_tokens`; float16 is fastest, and tells 255 from 254.
+    pattern: (head, n, start + n), rows `start` to `start + n` of a prompt of `n_tokens`. read: what `read_pattern` said of it with `thumbnail_cell`, where it has been asked.
     """
-    cell = _cell_tokens(n_tokens, size)
-    # Half-precision numbers that are not negative are in the order of their bits, and whole numbers are compared several times faster.
-    first, cells = _max_of_cells(pattern.view(np.uint16) if pattern.dtype == np.float16 else pattern, start, cell)
-    if cells.dtype == np.uint16:
-        cells = cells.view(np.float16).astype(np.float32)
-        if np.signbit(cells).any() or np.isnan(cells).any():
-            first, cells = _max_of_cells(pattern.astype(np.float32), start, cell)
-    painted = np.rint(np.clip(np.nan_to_num(cells), 0.0, 1.0) * 255).astype(np.uint8)
+    cell = thumbnail_cell(n_tokens, size)
+    peaks = (read or read_pattern(pattern, start, cell)).peaks
+    painted = np.rint(np.minimum(peaks, 1.0) * 255).astype(np.uint8)
+    first = start // cell
     where = out[:, first : first + painted.shape[1], : painted.shape[2]]
     np.maximum(where, painted, out=where)
-
-
-def _max_of_cells(pattern: NDArray[Any], start: int, cell: int) -> tuple[int, NDArray[Any]]:
-    """The first row of cells that a piece touches, and the largest value of each cell: (head, n, m) -> (head, c, d)."""
-    first, by_row = _max_by_cell(pattern, start, cell)
-    return first, _max_by_cell(by_row.swapaxes(1, 2), 0, cell)[1].swapaxes(1, 2)
-
-
-def _max_by_cell(values: NDArray[Any], start: int, cell: int) -> tuple[int, NDArray[Any]]:
-    """The first cell, and the largest values of each cell of `cell` places that axis 1 falls into; its first place is `start`.
-
-    (head, n, m) -> (head, c, m). Whole cells in one call on a reshaped array; the first and last may be cut.
-    """
-    n = values.shape[1]
-    first, last = start // cell, (start + n - 1) // cell
-    begin, end = min(-start % cell, n), n - (start + n) % cell if (start + n) % cell <= n else 0
-    out = np.empty((values.shape[0], last - first + 1, values.shape[2]), values.dtype)
-    if begin:
-        np.max(values[:, :begin], axis=1, out=out[:, 0])
-    if end > begin:
-        whole = np.ascontiguousarray(values[:, begin:end])
-        at = (start + begin) // cell - first
-        np.max(whole.reshape(whole.shape[0], -1, cell, whole.shape[2]), axis=2, out=out[:, at : at + whole.shape[1] // cell])
-    if n > max(end, begin):
-        np.max(values[:, max(end, begin) :], axis=1, out=out[:, -1])
-    return first, out
 
 
 def _previous_rows(pattern: Pattern, start: int) -> NDArray[np.float64]:
     """A[i, i-1] of each row; NaN for row 0. (head, q)."""
     queries = start + np.arange(pattern.shape[1])
     values = pattern[:, np.arange(len(queries)), np.maximum(queries - 1, 0)].astype(np.float64)
-    values[:, queries == 0] = np.nan
-    return values
-
-
-_BLOCK_ROWS, _BLOCK_VALUES = 32, 1 << 17  # of a block that stays in the processor's cache
-_TINY = np.float32(1e-37)  # 0 ln 0 is 0: the logarithm of a zero is taken of this instead and multiplied with the zero
-
-
-def _row_entropy(pattern: Pattern, start: int | None = None) -> NDArray[np.float64]:
-    """-sum_k A ln A of each row, (head, q, k) -> (head, q). In the pattern's own precision, which errs by about 1e-6.
-
-    start: position of the first row, where the keys after each row's own are known to be 0 and need not be looked at.
-    """
-    n_heads, n, n_keys = pattern.shape
-    step = min(max(_BLOCK_VALUES // max(n_heads * n_keys, 1), 1), _BLOCK_ROWS)
-    out = np.empty((n_heads, n))
-    for first in range(0, n, step):
-        rows = slice(first, min(first + step, n))
-        part = pattern[:, rows] if start is None else pattern[:, rows, : start + rows.stop]
-        logs = np.maximum(part, _TINY)
-        np.log(logs, out=logs)
-        np.einsum("hqk,hqk->hq", logs, part, out=out[:, rows], casting="same_kind")
-    return 0.0 - out  # no negative zero
-
-
-def _row_distance(pattern: Pattern, start: int) -> NDArray[np.float64]:
-    """sum_k A[i, k] (i - k) of each row; NaN for row 0 of the prompt. (head, q, k) -> (head, q)."""
-    n, n_keys = pattern.shape[1:]
-    # How far each key lies behind the last one, and 1: what is added up is small where attention is local, so float32 is enough.
-    behind = np.stack([np.ones(n_keys), np.arange(n_keys - 1, -1, -1)], axis=-1).astype(pattern.dtype)
-    queries = start + np.arange(n)
-    mass, moment = np.moveaxis((pattern @ behind).astype(np.float64), -1, 0)
-    values = moment - mass * (n_keys - 1 - queries)
     values[:, queries == 0] = np.nan
     return values
 

@@ -33,13 +33,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backend.analysis import expert_identities
+from backend.analysis.attention import PatternRows, read_pattern
 from backend.model_info import ModelInfo
 
 Array = NDArray[Any]
 Place = tuple[str, int | None]
 
 SAMPLED_ROWS = 32  # positions of a piece that go through a matrix of the model; the arithmetic checks take all of them
-_BLOCK = 64  # rows of a pattern whose diagonal is looked at as one square
 SAMPLED_OUTPUTS = 64  # rows of W_O and W_U that those positions go through; every head and every channel enters each of them
 
 TITLES = {
@@ -66,7 +66,7 @@ _INPUTS = {
     "expert_weights": ("router_probs", "expert_indices", "expert_weights"),
     "expert_sum": expert_identities.INPUTS,
 }
-_HELD = frozenset(site for sites in _INPUTS.values() for site in sites) - {"attn_pattern"} | {"shared_expert_out"}
+HELD = frozenset(site for sites in _INPUTS.values() for site in sites) - {"attn_pattern"} | {"shared_expert_out", "embed"}
 _MOE = ("router_top_k", "expert_weights", "expert_sum")
 _WHERE_APT = (*_MOE, "table_row")  # reported only of models that they say something of
 _IGNORED_INFINITE = ("attn_scores",)  # masked scores are -inf by definition
@@ -142,14 +142,17 @@ class Identities:
         self._stream: Array | None = None  # the residual stream that enters the next layer, if it was captured
         self._last_resid: Array | None = None
 
-    def add(self, site: str, layer: int | None, values: Array, start: int = 0) -> None:
+    def add(self, site: str, layer: int | None, values: Array, start: int = 0, read: PatternRows | None = None) -> None:
         """Take one piece (positions `start` on, in the site's dims) and check every identity that it completes.
 
-        The values of the layer at hand are kept, not copied: the caller does not change them afterwards.
+        The values of `HELD` sites are kept while their layer is at hand, not copied: the caller does not change them afterwards.
+        read: what `attention.read_pattern` said of an attn_pattern, where it has been asked.
         """
         self._seen.add(site)
+        if site == "attn_pattern":
+            read = read or read_pattern(values, start)
         if site not in _IGNORED_INFINITE:
-            self._check_finite(site, layer, values)
+            self._check_finite(site, layer, values, read)
         if start != self._start:
             self._start, self._layer, self._held, self._stream, self._last_resid = start, None, {}, None, None
         if site == "embed":
@@ -158,9 +161,9 @@ class Identities:
             self._check_unembed(values)
         elif layer is not None:
             self._enter(layer)
-            if site == "attn_pattern":
-                self._check_pattern(layer, values, start)
-            elif site in _HELD:
+            if read is not None:
+                self._check_pattern(layer, read)
+            elif site in HELD:
                 self._held[site] = np.asarray(values)
                 self._check_layer(layer, site)
 
@@ -245,11 +248,11 @@ class Identities:
 
     def _attn_sum(self, layer: int) -> None:
         held = self._held
-        self._found["attn_sum"].compare(held["resid_pre"] + held["attn_out"], held["resid_mid"], layer)
+        self._found["attn_sum"].record(sum_error(held["resid_pre"], held["attn_out"], held["resid_mid"]), layer)
 
     def _mlp_sum(self, layer: int) -> None:
         held = self._held
-        self._found["mlp_sum"].compare(held["resid_mid"] + held["mlp_out"], held["resid_post"], layer)
+        self._found["mlp_sum"].record(sum_error(held["resid_mid"], held["mlp_out"], held["resid_post"]), layer)
 
     def _attn_projection(self, layer: int) -> None:
         outputs = _sample(self._info.d_model, SAMPLED_OUTPUTS)
@@ -286,15 +289,15 @@ class Identities:
         else:
             self._found["expert_sum"].compare(expert_identities.expert_sum(self._held), self._held["mlp_out"], layer)
 
-    def _check_pattern(self, layer: int, pattern: Array, start: int) -> None:
+    def _check_pattern(self, layer: int, read: PatternRows) -> None:
         if self._applies("pattern_rows", layer):
-            over = pattern.sum(axis=-1) - np.float32(1)
+            over = read.mass - np.float32(1)
             if self._info.architecture in _SINKS:
                 self._found["pattern_rows"].note = "attention sinks: rows sum to at most 1"
                 over = np.maximum(over, 0.0)
-            self._found["pattern_rows"].record(max(_largest(over), -min(float(pattern.min(initial=0)), 0.0)), layer)
+            self._found["pattern_rows"].record(max(_largest(over), -float(read.least.min(initial=0))), layer)
         if self._applies("pattern_causal", layer):
-            self._found["pattern_causal"].record(_largest_beyond_diagonal(pattern, start), layer)
+            self._found["pattern_causal"].record(float(read.beyond.max(initial=0)), layer)
 
     def _check_unembed(self, logits: Array) -> None:
         if self._unembed is None or self._last_resid is None or not self._applies("unembed", None):
@@ -304,10 +307,13 @@ class Identities:
             # Held against the largest logit of those positions, as if all tokens had been compared.
             size = _largest(logits[rows])
             error = _largest(self._unembed(self._last_resid[rows], tokens) - logits[np.ix_(rows, tokens)])
-            self._found["unembed"].record(0.0 if error == 0 else error / size if 0 < size < float("inf") else float("inf"), self._info.n_layers - 1)
+            self._found["unembed"].record(_share(error, size), self._info.n_layers - 1)
 
-    def _check_finite(self, site: str, layer: int | None, values: Array) -> None:
+    def _check_finite(self, site: str, layer: int | None, values: Array, read: PatternRows | None) -> None:
         found = self._found["finite"]
+        if read is not None and read.finite:
+            found.record(0.0, layer)
+            return
         if site in ("router_logits", "router_probs") and (site, layer) in self._edited:
             values = np.where(np.isneginf(values), 0, values)  # what an edit masks is no broken value
         # A sum of finite values can only fail to be finite when they are huge, and then the count below finds none bad.
@@ -338,7 +344,22 @@ def relative_error(a: Array, b: Array) -> float:
     """max|a - b| / max|b|; infinite where either holds NaN or the shapes differ. 0 for two arrays of zeros."""
     if a.shape != b.shape:
         return float("inf")
-    difference, size = _largest(np.subtract(a, b)), _largest(b)
+    return _share(_largest(np.subtract(a, b)), _largest(b))
+
+
+def sum_error(a: Array, b: Array, total: Array) -> float:
+    """`relative_error(a + b, total)`, of float32 arrays without a copy as large as they are."""
+    if not a.shape == b.shape == total.shape:
+        return float("inf")
+    if any(values.dtype != np.float32 or not values.flags.c_contiguous for values in (a, b, total)):
+        return relative_error(a + b, total)
+    from backend.analysis import compiled
+
+    difference, size = compiled.sum_error(a.reshape(-1), b.reshape(-1), total.reshape(-1))
+    return _share(*(float("inf") if np.isnan(value) else float(value) for value in (difference, size)))
+
+
+def _share(difference: float, size: float) -> float:
     if difference == 0:
         return 0.0
     return difference / size if 0 < size < float("inf") else float("inf")
@@ -350,19 +371,6 @@ def _largest(values: Array) -> float:
         return 0.0
     top = max(abs(float(values.max())), abs(float(values.min())))  # two passes that need no copy, unlike np.abs
     return float("inf") if np.isnan(top) else top
-
-
-def _largest_beyond_diagonal(pattern: Array, start: int) -> float:
-    """The largest |value| at a key after its query. Blocks of rows: beyond a block's last query is a rectangle, which is read fast."""
-    n = pattern.shape[1]
-    later = np.arange(_BLOCK) > np.arange(_BLOCK)[:, None]
-    top = 0.0
-    for first in range(0, n, _BLOCK):
-        rows = slice(first, min(first + _BLOCK, n))
-        within = pattern[:, rows, start + rows.start : start + rows.stop]
-        for part in (pattern[:, rows, start + rows.stop :], np.where(later[: within.shape[1], : within.shape[2]], within, 0)):
-            top = max(top, _largest(part))
-    return top
 
 
 def _sample(n: int, most: int = SAMPLED_ROWS) -> NDArray[np.int64]:

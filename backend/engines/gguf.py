@@ -96,7 +96,8 @@ class GgufEngine:
         self.places = frozenset(self._places)
         self.sites = frozenset(site for site, _ in self.places)
         self.unchecked: dict[str, str] = {} if self._table is not GENERIC else {"table_row": NO_ROW} | ({} if self._unembedding else {"unembed": NO_UNEMBED})
-        device = "GPU" if self._model.n_gpu_layers else "CPU"
+        self.on_cpu = not self._model.n_gpu_layers
+        device = "CPU" if self.on_cpu else "GPU"
         self.version = f"llama-cpp-python {importlib.metadata.version('llama-cpp-python')}, {device}, {options.kv_cache} KV cache"
 
     def tokenize(self, text: str, add_bos: bool | None = None) -> list[int]:

@@ -112,6 +112,7 @@ class HfEngine:
         self.places = self._row.sites_of(self.info.n_layers, partial(has_module, self._model))
         self.sites = frozenset(site for site, _ in self.places)
         self._forward_arguments = frozenset(inspect.signature(self._model.forward).parameters)
+        self.on_cpu = {parameter.device.type for parameter in self._model.parameters()} == {"cpu"}
         self.compute = str(self._model.dtype).removeprefix("torch.")
         where = "spread over devices" if options.device_map == "auto" else self.device
         stored = f" on {bits} weights" if bits else ""

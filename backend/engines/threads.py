@@ -18,6 +18,11 @@ def default_threads() -> int:
     return max(1, len(os.sched_getaffinity(0)))
 
 
+def few_cores() -> bool:
+    """Whether an engine on the CPU leaves no core to anything else."""
+    return default_threads() <= _FEW_CORES
+
+
 def let_waiting_threads_sleep() -> None:
     """Where cores are few, let the threads of ggml and PyTorch give theirs up soon when they wait for each other (libgomp's GOMP_SPINCOUNT).
 
@@ -25,7 +30,7 @@ def let_waiting_threads_sleep() -> None:
     cores that other programs used too: a decode took 5.0 s with the default and 2.2 s with this; with the cores to itself, the same within 2 %.
     To be called before either library is loaded; what the user has set stays.
     """
-    if default_threads() <= _FEW_CORES and "OMP_WAIT_POLICY" not in os.environ:
+    if few_cores() and "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPINS)
 
 

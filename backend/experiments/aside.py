@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from threadpoolctl import ThreadpoolController
@@ -74,7 +75,7 @@ class Aside:
 
     def __enter__(self) -> Aside:
         share_one_heap()
-        self._blas = _blas().limit(limits=1, user_api="blas")
+        self._blas = one_blas_thread()
         self._thread.start()
         return self
 
@@ -86,6 +87,11 @@ class Aside:
         self._blas.restore_original_limits()
         if kind is None and self._error is not None:
             raise self._error
+
+
+def one_blas_thread() -> Any:
+    """Keep NumPy's matrix products on one thread, until `restore_original_limits` of what is returned."""
+    return _blas().limit(limits=1, user_api="blas")
 
 
 @functools.cache

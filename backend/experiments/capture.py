@@ -1,8 +1,8 @@
 """Capture: run a prompt once with instruments attached and publish one trace.
 
 Generated tokens come first, without capture; then prompt and generated tokens run together once, so every step's state is one
-position of one square trace. Each piece goes from the engine through the integrity check to disk and is forgotten, on a thread
-beside the engine's: memory does not grow with the number of layers.
+position of one square trace. Each piece goes from the engine through the integrity check to disk and is forgotten: memory does not grow
+with the number of layers.
 """
 
 from __future__ import annotations
@@ -22,20 +22,19 @@ from numpy.typing import NDArray
 
 from backend.analysis import attention as attention_analysis
 from backend.analysis import logits as logits_analysis
-from backend.analysis.identities import Identities, tolerances
+from backend.analysis.identities import HELD, Identities, tolerances
 from backend.engines import Engine, Piece, Request, Sampling, ShouldStop, never_stop
 from backend.engines.native import NativePiece
 from backend.engines.threads import trim_heap
 from backend.errors import LayerscopeError
 from backend.experiments import Context, Progress, no_progress
-from backend.experiments.aside import Aside
+from backend.experiments.between import sink_for
 from backend.experiments.generation import Listener, write_tokens
 from backend.experiments.logit_lens import AUTO_BUDGET, compute_lens, cost, lens_rows
 from backend.intervention import Intervention, edits_by_place
 from backend.notes import notes
 from backend.prompt_text import check_label
 from backend.sites import ALL_SITES, NATIVE, SITES, STANDARD_SITES, resolve_sites, split_native
-from backend.tracefile.half_precision import to_float16
 from backend.tracefile.trace_writer import TraceWriter
 
 TOP_K = 20
@@ -93,12 +92,12 @@ def capture(engine: Engine, spec: CaptureSpec, folder: Path, *, progress: Progre
         logits = stack.enter_context(_LogitStore(len(ids), engine.info.d_vocab, folder)) if _wants_lens(engine, spec, request, len(ids)) else None
         run = _Run(engine, edits, ids, writer, logits, progress, keep_logits="logits" in request.sites)
         mark = time.perf_counter()
-        with Aside(run.take) as aside:
+        with sink_for(engine, run.take) as taking:
 
             def sink(piece: Piece) -> None:
                 kept = request.cut(piece)
                 if kept is not None:
-                    aside.put(kept)
+                    taking.put(kept)
 
             engine.run(ids, replace(request, sites=(*request.sites, "logits")), sink, edits, should_stop)
             timings["run_s"] = time.perf_counter() - mark
@@ -138,7 +137,7 @@ class _Run:
     def __init__(self, engine: Engine, edits: tuple[Intervention, ...], ids: list[int], writer: TraceWriter, logits: _LogitStore | None,
                  progress: Progress, keep_logits: bool) -> None:  # fmt: skip
         self.ids, self.writer, self.logits, self.progress, self.keep_logits = ids, writer, logits, progress, keep_logits
-        self._links = attention_analysis.Links(ids)
+        self._links, self._cell = attention_analysis.Links(ids), attention_analysis.thumbnail_cell(len(ids), THUMBNAIL_SIZE)
         self._predictions: list[dict[str, NDArray[Any]]] = []
         self.identities = Identities(engine.info, weight=_weight_or_none(engine), unembed=None if "unembed" in engine.unchecked else engine.unembed,
                                      edited=edits_by_place(edits), limits=tolerances(engine.info.engine, engine.compute), unchecked=engine.unchecked,
@@ -147,30 +146,33 @@ class _Run:
         self._heads: dict[int, list[int]] = {}  # of each layer, those whose maps are kept
         self._means: dict[int, attention_analysis.RowMeans] = {}
         self.thumbs: dict[int, NDArray[np.uint8]] = {}
-        self._layer = -1
+        self._layer, self._trims = -1, engine.info.engine == "hf"  # llama.cpp has its activations in memory of its own
         self._piece = 0  # positions in the first piece: as many as in every other but the last
 
     @_quiet()
     def take(self, piece: Piece) -> None:
-        """Check, store and summarise one piece; its values are this run's own."""
+        """Check, store and summarise one piece, whose values may be lent."""
         if isinstance(piece, NativePiece):
             self.writer.native(piece)
             return
         if piece.layer is not None and piece.layer != self._layer:
             self._layer = piece.layer
-            if piece.layer % _LAYERS_UNTRIMMED == 0:
+            if self._trims and piece.layer and piece.layer % _LAYERS_UNTRIMMED == 0:
                 trim_heap()
             self._tell(piece.layer, piece.start, piece.values.shape[1 if SITES[piece.site].is_attention_map else 0])
-        self.identities.add(piece.site, piece.layer, piece.values, piece.start)
+        read = attention_analysis.read_pattern(piece.values, piece.start, self._cell) if piece.site == "attn_pattern" else None
+        if piece.site in HELD and not piece.owned:
+            piece = replace(piece, values=np.array(piece.values, order="C"), owned=True)
+        self.identities.add(piece.site, piece.layer, piece.values, piece.start, read)
         if piece.site == "logits":
             self._predictions += summaries(piece.values, piece.start, self.ids)
             if self.logits is not None:
                 self.logits.put(piece.start, piece.values)
             if not self.keep_logits:
                 return
-        self.writer.write(piece)
-        if piece.site == "attn_pattern" and piece.layer is not None:
-            self._head_summaries(piece.layer, piece)
+        self.writer.write(piece, causal=None if read is None else not read.beyond.any())
+        if read is not None and piece.layer is not None:
+            self._head_summaries(piece.layer, piece, read)
 
     def _tell(self, layer: int, start: int, n_here: int) -> None:
         """Progress in layers; a long prompt goes through all of them once a piece."""
@@ -178,13 +180,13 @@ class _Run:
         pieces = -(-len(self.ids) // self._piece)
         self.progress("running", start // self._piece * self.n_layers + layer + 1, pieces * self.n_layers)
 
-    def _head_summaries(self, layer: int, piece: Piece) -> None:
+    def _head_summaries(self, layer: int, piece: Piece, read: attention_analysis.PatternRows) -> None:
         means = self._means.setdefault(layer, attention_analysis.RowMeans())
-        means.add(attention_analysis.row_scores(piece.values, self.ids, piece.start, self._links))
+        means.add(attention_analysis.row_scores(piece.values, self.ids, piece.start, self._links, read))
         thumbs = self.thumbs.setdefault(layer, _blank_thumbnails(self._n_heads, len(self.ids)))
         self._heads[layer] = list(piece.heads or range(self._n_heads))
         painted = thumbs[self._heads[layer]]
-        attention_analysis.add_to_thumbnails(painted, to_float16(piece.values), piece.start, len(self.ids), THUMBNAIL_SIZE)
+        attention_analysis.add_to_thumbnails(painted, piece.values, piece.start, len(self.ids), THUMBNAIL_SIZE, read)
         thumbs[self._heads[layer]] = painted
 
     def predictions(self) -> dict[str, NDArray[Any]]:

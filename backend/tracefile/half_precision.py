@@ -47,7 +47,8 @@ def from_float16(half: NDArray[np.float16]) -> NDArray[np.float32]:
 
 def overflowed(half: NDArray[np.float16], values: NDArray[np.float32]) -> bool:
     """Whether a finite value became infinite in `half`."""
-    if not half.size or int(np.max(half.view(np.uint16) & 0x7FFF)) < _INFINITE:
+    # As whole numbers: no positive one reaches +inf, and no negative one, whose first bit is set, -inf.
+    if not half.size or (int(half.view(np.int16).max()) < _INFINITE and int(half.view(np.uint16).max()) < 0x8000 | _INFINITE):
         return False
     return bool((np.isinf(half) & np.isfinite(values)).any())
 

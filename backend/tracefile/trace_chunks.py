@@ -1,7 +1,7 @@
 """Chunks of a trace file, encoded outside HDF5: byte shuffle, then a Zstandard frame with a checksum of its content.
 
-What comes out is what HDF5's own filters (shuffle, 32015) read. HDF5 would do it under one lock, and Python's, while the engine
-waits; here several threads encode at once. The frame's checksum (xxHash of the content, RFC 8878) takes the place of HDF5's
+What comes out is what HDF5's own filters (shuffle, 32015) read. HDF5 would do it under one lock, and Python's; here several threads
+encode at once. The frame's checksum (xxHash of the content, RFC 8878) takes the place of HDF5's
 Fletcher-32: a flipped bit is an error on reading.
 
     create(...)          a dataset for such chunks
@@ -12,20 +12,19 @@ Fletcher-32: a flipped bit is an error on reading.
 
 from __future__ import annotations
 
-import collections
 import functools
 import itertools
 import os
 import threading
-import zlib
-from collections.abc import Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import h5py
 import hdf5plugin
 import numpy as np
+import xxhash
 import zstandard
 from numpy.typing import NDArray
 
@@ -33,21 +32,24 @@ _LEVEL = 1  # level 3 takes twice as long and saves half a per cent of an attent
 _ZSTANDARD = 32015  # its number among HDF5's registered filters
 FILTERS: Mapping[str, Any] = {"shuffle": True, **hdf5plugin.Zstd(clevel=_LEVEL)}
 
-_MOST_WAITING = 32 << 20  # bytes of chunks that are encoded and not yet written
+_READERS = 2  # threads that read a file back
+_GROUP = 2  # chunks that a thread takes at a time
+_BATCH = 4 << 20  # bytes of chunks that are encoded together: enough that threads are worth waking
 
 Offset = tuple[int, ...]
-Written = dict[str, dict[Offset, int]]  # path of a dataset -> place of a chunk in it -> CRC-32 of the chunk's bytes in the file
+Written = dict[str, dict[Offset, int]]  # path of a dataset -> place of a chunk in it -> XXH3 of the chunk's bytes in the file
 
 _local = threading.local()
 
 
-def create(file: h5py.File, path: str, shape: tuple[int, ...], dtype: np.dtype[Any], chunks: tuple[int, ...], fill: float, attrs: Mapping[str, str | list[str]]) -> h5py.Dataset:
+def create(file: h5py.File, path: str, shape: tuple[int, ...], dtype: np.dtype[Any], chunks: tuple[int, ...], fill: float,
+           attrs: Mapping[str, str | tuple[str, ...]]) -> h5py.Dataset:  # fmt: skip
     """A dataset with FILTERS, its groups made on the way, and its text attributes: what `h5py.Group.create_dataset` does, at a tenth of its cost."""
     space = h5py.h5s.create_simple(shape)
     dataset = h5py.h5d.create(file.id, path.encode(), _type(dtype), space, _plan(chunks, dtype, fill), _parents())
     for name, value in attrs.items():
-        space = h5py.h5s.create(h5py.h5s.SCALAR) if isinstance(value, str) else h5py.h5s.create_simple((len(value),))
-        h5py.h5a.create(dataset, name.encode(), _text(), space).write(np.array(value, object))
+        kind, space, stored = _text(value)
+        h5py.h5a.create(dataset, name.encode(), kind, space).write(stored, mtype=kind)
     return h5py.Dataset(dataset)
 
 
@@ -74,9 +76,15 @@ def _type(dtype: np.dtype[Any]) -> h5py.h5t.TypeID:
     return h5py.h5t.py_create(dtype, logical=True)
 
 
-@functools.cache
-def _text() -> h5py.h5t.TypeID:
-    return h5py.h5t.py_create(h5py.string_dtype(), logical=True)
+@functools.lru_cache(256)
+def _text(value: str | tuple[str, ...]) -> tuple[h5py.h5t.TypeID, h5py.h5s.SpaceID, NDArray[np.bytes_]]:
+    """HDF5's type and space of a text, or a row of them, and the text in it: UTF-8 of fixed length, which lies in the dataset's own header."""
+    stored = np.array(value.encode() if isinstance(value, str) else [text.encode() for text in value], np.bytes_)
+    kind = h5py.h5t.C_S1.copy()
+    kind.set_size(stored.itemsize)
+    kind.set_strpad(h5py.h5t.STR_NULLPAD)
+    kind.set_cset(h5py.h5t.CSET_UTF8)
+    return kind, h5py.h5s.create_simple(stored.shape) if stored.shape else h5py.h5s.create(h5py.h5s.SCALAR), stored
 
 
 def encode(values: NDArray[Any]) -> bytes:
@@ -105,46 +113,52 @@ def _shuffled(values: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 class Encoder:
-    """Encodes chunks on threads of its own and writes them from the caller's, in the order they came."""
+    """Collects chunks, encodes a batch of them on several threads, the caller's among them, and writes it in the order it came.
 
-    def __init__(self, n_threads: int = 2) -> None:
-        self._pool = ThreadPoolExecutor(n_threads, thread_name_prefix="encode")
-        self._waiting: collections.deque[tuple[h5py.Dataset, str, Offset, Future[tuple[bytes, int]], int]] = collections.deque()
-        self._n_bytes = self._n_put = 0
+    What each step needs, HDF5's code and tables too, has left the processor's cache by the time that the engine has computed another
+    layer: a batch pays for that once. `dataset` says what the dataset at a path is, and makes it if need be.
+    """
+
+    def __init__(self, dataset: Callable[[str], h5py.Dataset], n_threads: int) -> None:
+        self._dataset = dataset
+        self._pool = ThreadPoolExecutor(max(n_threads - 1, 1), thread_name_prefix="encode")
+        self._waiting: list[tuple[str, Offset, NDArray[Any]]] = []
+        self._n_bytes = 0
         self.written: Written = {}
 
-    def put(self, dataset: h5py.Dataset, path: str, offset: Offset, values: NDArray[Any]) -> None:
+    def put(self, path: str, offset: Offset, values: NDArray[Any]) -> None:
         """Write `values`, a whole chunk that nobody changes any more, at `offset` of the dataset at `path`; at the latest when `finish` returns."""
-        self._waiting.append((dataset, path, offset, self._pool.submit(_encoded, values), values.nbytes))
+        self._waiting.append((path, offset, values))
         self._n_bytes += values.nbytes
-        self._n_put += 1
-        while self._waiting and (self._n_bytes > _MOST_WAITING or self._waiting[0][3].done()):
-            self._write_first()
+        if self._n_bytes >= _BATCH:
+            self.finish()
 
-    def mark(self) -> int:
-        """A point in the order of what is put, for `finish`."""
-        return self._n_put
-
-    def finish(self, mark: int | None = None) -> None:
-        """Write all that is waiting, or all that was put before `mark`."""
-        while len(self._waiting) > (0 if mark is None else self._n_put - mark):
-            self._write_first()
+    def finish(self) -> None:
+        """Write all that is waiting."""
+        batch, self._waiting, self._n_bytes = self._waiting, [], 0
+        groups = [batch[at : at + _GROUP] for at in range(0, len(batch), _GROUP)]
+        others = [self._pool.submit(_encode_all, group) for group in groups]
+        mine: dict[int, list[tuple[bytes, int]]] = {}
+        for at, group in enumerate(groups):
+            while at not in mine and not others[at].done():  # until it is there, take over what nobody has begun, from the end
+                free = next((i for i in reversed(range(at, len(groups))) if others[i].cancel() and i not in mine), None)
+                if free is None:
+                    break
+                mine[free] = _encode_all(groups[free])
+            encoded = mine[at] if at in mine else others[at].result()
+            for (path, offset, _), (data, checksum) in zip(group, encoded, strict=True):
+                self._dataset(path).id.write_direct_chunk(offset, data)
+                self.written.setdefault(path, {})[offset] = checksum
 
     def close(self) -> None:
         self._waiting.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _write_first(self) -> None:
-        dataset, path, offset, future, n_bytes = self._waiting.popleft()
-        data, checksum = future.result()
-        self._n_bytes -= n_bytes
-        dataset.id.write_direct_chunk(offset, data)
-        self.written.setdefault(path, {})[offset] = checksum
 
-
-def _encoded(values: NDArray[Any]) -> tuple[bytes, int]:
-    data = encode(values)
-    return data, zlib.crc32(data)
+def _encode_all(chunks: list[tuple[str, Offset, NDArray[Any]]]) -> list[tuple[bytes, int]]:
+    """The bytes of every chunk, and their checksum."""
+    encoded = [encode(values) for _, _, values in chunks]
+    return [(data, xxhash.xxh3_64_intdigest(data)) for data in encoded]
 
 
 def tiles(array: NDArray[Any], chunk: tuple[int, ...], fill: float) -> list[tuple[Offset, NDArray[Any]]]:
@@ -168,8 +182,9 @@ def verify(path: Path, written: Written, others: Iterable[str]) -> None:
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        with h5py.File(path, "r", locking=False) as file, ThreadPoolExecutor(2) as pool:
-            checks = [pool.submit(_check_bytes, descriptor, _places(file, name, chunks), name) for name, chunks in written.items()]
+        with h5py.File(path, "r", locking=False) as file, ThreadPoolExecutor(_READERS) as pool:
+            places = [place for name, chunks in written.items() for place in _places(file, name, chunks)]
+            checks = [pool.submit(_check_bytes, descriptor, places[at::_READERS]) for at in range(_READERS)]
             for name in others:
                 for tile in file[name].iter_chunks():
                     file[name][tile]
@@ -179,17 +194,18 @@ def verify(path: Path, written: Written, others: Iterable[str]) -> None:
         os.close(descriptor)
 
 
-def _places(file: h5py.File, name: str, chunks: Mapping[Offset, int]) -> list[tuple[int, int, int]]:
-    """(offset in the file, bytes, checksum) of every chunk that was written to the dataset `name`."""
+def _places(file: h5py.File, name: str, chunks: Mapping[Offset, int]) -> list[tuple[str, int, int, int]]:
+    """(dataset, offset in the file, bytes, checksum) of every chunk that was written to the dataset `name`."""
     stored: dict[Offset, tuple[int, int]] = {}
-    h5py.h5d.open(file.id, name.encode()).chunk_iter(lambda chunk: stored.update({tuple(chunk.chunk_offset): (chunk.byte_offset, chunk.size)}))
+    h5py.h5d.open(file.id, name.encode()).chunk_iter(lambda chunk: stored.__setitem__(chunk.chunk_offset, (chunk.byte_offset, chunk.size)))
     lost = chunks.keys() - stored.keys()
     if lost:
         raise OSError(f"{len(lost)} of {len(chunks)} chunks of {name} are not in the file")
-    return [(*stored[offset], checksum) for offset, checksum in chunks.items()]
+    return [(name, *stored[offset], checksum) for offset, checksum in chunks.items()]
 
 
-def _check_bytes(descriptor: int, chunks: list[tuple[int, int, int]], name: str) -> None:
-    for offset, n, checksum in chunks:
-        if zlib.crc32(os.pread(descriptor, n, offset)) != checksum:
+def _check_bytes(descriptor: int, chunks: list[tuple[str, int, int, int]]) -> None:
+    buffer = memoryview(bytearray(max((n for _, _, n, _ in chunks), default=0)))
+    for name, offset, n, checksum in chunks:
+        if os.preadv(descriptor, [buffer[:n]], offset) != n or xxhash.xxh3_64_intdigest(buffer[:n]) != checksum:
             raise OSError(f"a chunk of {name} does not read as it was written")

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import secrets
 from typing import Any
@@ -17,7 +18,7 @@ from backend.errors import LayerscopeError
 from backend.sites import SITES
 
 FORMAT = "layerscope-trace"
-VERSION = 1
+VERSION = 2  # 1: every attention map in tiles
 SUFFIX = ".h5"
 PART_SUFFIX = ".h5.part"
 
@@ -25,8 +26,9 @@ ID_PATTERN = re.compile(r"[0-9a-z_]{8,64}")
 
 # Positions in one chunk; a piece of a prompt, as the engines cut it, is a multiple.
 MAX_CHUNK_ROWS = 512
-# Bytes of a chunk that several heads share: four blocks of Zstandard.
-_SHARED_CHUNK = 1 << 19
+# Bytes of a chunk: four blocks of Zstandard, few enough that a layer's values are encoded on several cores.
+_CHUNK_BYTES = 1 << 19
+PACKED = "packed"  # attribute of an attention map of which only the cells up to the diagonal are stored
 
 _SPECIAL_PATHS = {"embed": "embeddings/input_embeddings", "ln_final_out": "embeddings/output_embeddings", "logits": "logits/full"}
 NATIVE_GROUP = "native"
@@ -83,16 +85,16 @@ def read_json(group: h5py.Group, name: str, default: Any = None) -> Any:
 
 
 def chunk_shape(dims: tuple[str, ...], shape: tuple[int, ...], itemsize: int, single_heads: bool = False) -> tuple[int, ...]:
-    """A few small heads or a tile of a large one of an attention map, a run of positions of everything else; 1 MiB at most.
+    """A few small heads or a tile of a large one of an attention map, a run of positions of everything else.
 
     Small heads share a chunk because Zstandard works on blocks of 128 KiB: in smaller chunks the exponents and the mantissas of
     the values fall into one block and are compressed worse. `single_heads`: only some heads are stored, each on its own.
     Runs of a long prompt are a power of two, so that the pieces in which it is computed consist of whole chunks.
     """
-    if "q_pos" in dims:
-        rows, columns = min(shape[1], MAX_CHUNK_ROWS), min(shape[2], 2 * MAX_CHUNK_ROWS)
-        together = 1 if single_heads else max(1, min(shape[0], _SHARED_CHUNK // (itemsize * rows * columns)))
-        return (together, rows, columns)
-    row_bytes = itemsize * int(np.prod(shape[1:], dtype=np.int64))
-    fitting = max(1, (1 << 20) // max(row_bytes, 1))
+    if dims[0] == "head":
+        tile = (min(shape[1], MAX_CHUNK_ROWS), min(shape[2], 2 * MAX_CHUNK_ROWS)) if len(shape) == 3 else shape[1:]
+        together = 1 if single_heads else max(1, min(shape[0], _CHUNK_BYTES // (itemsize * math.prod(tile))))
+        return (together, *tile)
+    row_bytes = itemsize * math.prod(shape[1:])
+    fitting = max(1, _CHUNK_BYTES // max(row_bytes, 1))
     return (min(shape[0], MAX_CHUNK_ROWS, 1 << (fitting.bit_length() - 1)), *shape[1:])

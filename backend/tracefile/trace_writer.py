@@ -19,17 +19,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from backend.durable import publish
-from backend.engines import Piece
+from backend.engines import Piece, default_threads
 from backend.engines.native import NativePiece
 from backend.errors import LayerscopeError
 from backend.model_info import ModelInfo
 from backend.sites import SITES
 from backend.tracefile.half_precision import overflowed, to_float16
+from backend.tracefile.packed_maps import PACKED_TOKENS, n_cells, pack
 from backend.tracefile.trace_chunks import FILTERS, Encoder, create, tiles, verify
-from backend.tracefile.trace_layout import FORMAT, NATIVE_GROUP, PART_SUFFIX, SUFFIX, VERSION, check_id, chunk_shape, new_id, site_path, write_json
+from backend.tracefile.trace_layout import FORMAT, NATIVE_GROUP, PACKED, PART_SUFFIX, SUFFIX, VERSION, check_id, chunk_shape, new_id, site_path, write_json
 
 # Small arrays are left to HDF5 and its own checksum.
 _SMALL = {"fletcher32": True, **FILTERS}
+_ENCODERS = 4  # threads that encode
 _NEGATIVE_INFINITY_SITES = ("attn_scores",)
 
 
@@ -50,13 +52,12 @@ class TraceWriter:
         self.part = Path(folder) / f"{self.id}{PART_SUFFIX}"
         self._float, self._rows = np.dtype(precision), rows
         self._open = True
-        self._datasets: dict[str, h5py.Dataset] = {}
+        self._datasets: dict[str, h5py.Dataset | None] = {}  # None: described in _plans, and made when its first chunk is written
+        self._plans: dict[str, tuple[Any, ...]] = {}  # what `create` is told
         self._layouts: dict[str, tuple[tuple[int, ...], float]] = {}  # chunk shape and fill value of each: asking HDF5 takes longer
         self._wide: set[str] = set()  # paths of what float16 cannot hold
         self._through_hdf5: set[str] = set()  # paths of chunked datasets that HDF5 itself wrote to
-        self._encoder = Encoder()
-        self._layer: int | None = None
-        self._mark = 0  # where the chunks of the layer before the current one end
+        self._encoder = Encoder(self._dataset, n_threads=min(default_threads(), _ENCODERS))
         try:
             self.part.parent.mkdir(parents=True, exist_ok=True)
             # Exclusive creation: two writers can never share a part file. The lock says that its writer lives, as long as it does.
@@ -68,20 +69,18 @@ class TraceWriter:
 
     # -- activations -------------------------------------------------------------------------------------------------------
 
-    def write(self, piece: Piece) -> None:
+    def write(self, piece: Piece, causal: bool | None = None) -> None:
         """Store one piece of a site at its place. Raises LayerscopeError if its shape contradicts the vocabulary.
 
         The piece's values are read before this returns; its chunks may reach the file later, at the latest on `flush`.
+        causal: of an attention map, whether it is known to hold nothing but the mask's value after the diagonal; None: it is looked at.
         """
-        values = self._checked(piece)
-        if piece.layer != self._layer:  # chunks of one layer may wait while the next arrives: memory does not grow with the layers
-            self._encoder.finish(self._mark)
-            self._layer, self._mark = piece.layer, self._encoder.mark()
+        values = self._packed(piece, self._checked(piece), causal)
         path = site_path(piece.site, piece.layer)
         stored = values if values.dtype.kind == "i" or self._float == np.float32 or path in self._wide else to_float16(values)
         overflow = stored.dtype == np.float16 and overflowed(stored, values)
         if path not in self._datasets:
-            self._datasets[path] = self._create(path, piece, np.dtype(np.float32) if overflow else stored.dtype)
+            self._plan(path, piece, np.dtype(np.float32) if overflow else stored.dtype, packed=values.ndim == 2)
         elif overflow:
             self._widen(path)
         if overflow:
@@ -91,13 +90,14 @@ class TraceWriter:
 
     def _place(self, path: str, piece: Piece, values: NDArray[Any]) -> None:
         """Whole chunks go to the encoder; a piece that ends inside a chunk goes through HDF5, which joins it with the next."""
-        dataset, is_map = self._datasets[path], SITES[piece.site].is_attention_map
+        is_map = SITES[piece.site].is_attention_map
         axis = 1 if is_map else 0
         heads = piece.heads or range(self.info.n_heads)
         chunk, fill = self._layouts[path]
         step, stop = chunk[axis], piece.start + values.shape[axis]
         if piece.start % step or (stop % step and stop != self.n_tokens):
             self._through_hdf5.add(path)
+            dataset = self._dataset(path)
             if is_map:
                 for head, rows in zip(heads, values, strict=True):
                     dataset[head, piece.start : stop, : values.shape[2]] = rows
@@ -110,7 +110,7 @@ class TraceWriter:
             at = list(offset)
             at[axis] += piece.start
             at[0] = heads[at[0]] if is_map else at[0]
-            self._encoder.put(dataset, path, tuple(at), tile)
+            self._encoder.put(path, tuple(at), tile)
 
     def flush(self) -> None:
         """Bring everything that was written into the file, so that it can be read back."""
@@ -133,28 +133,45 @@ class TraceWriter:
             raise LayerscopeError(f"{piece.site} holds {site.dtype} values, but came as {values.dtype}.")
         return values
 
-    def _create(self, path: str, piece: Piece, dtype: np.dtype[Any]) -> h5py.Dataset:
+    def _packed(self, piece: Piece, values: NDArray[Any], causal: bool | None) -> NDArray[Any]:
+        """The cells of a whole map up to the diagonal, (head, cell), where nothing is lost with the others; else the values as they are."""
+        whole = SITES[piece.site].is_attention_map and values.shape[1] == self.n_tokens <= PACKED_TOKENS
+        cells = pack(values, _fill(piece.site), causal) if whole else None
+        return values if cells is None else cells
+
+    def _plan(self, path: str, piece: Piece, dtype: np.dtype[Any], packed: bool) -> None:
+        """Say what the dataset of a site is, which is made when it is first written to."""
         site, n = SITES[piece.site], self.n_tokens
         shape = (self.info.n_heads, n, n) if site.is_attention_map else (n, *piece.values.shape[1:])
-        fill = -np.inf if piece.site in _NEGATIVE_INFINITY_SITES else 0.0
-        attrs: dict[str, str | list[str]] = {"dims": list(site.dims), "source": piece.source}
+        fill, dims = _fill(piece.site), site.dims
+        attrs: dict[str, str | tuple[str, ...]] = {"source": piece.source}
+        if site.is_attention_map and packed:
+            shape, dims = (self.info.n_heads, n_cells(n)), ("head", "cell")
+            attrs[PACKED] = "lower triangle"
+        attrs["dims"] = dims
         if site.is_attention_map and (piece.heads is not None or self._rows is not None):
             first, last = self._rows or (0, n)
             attrs["kept"] = json.dumps({"heads": list(piece.heads or range(self.info.n_heads)), "rows": [first, last]})
-        chunk = chunk_shape(site.dims, shape, dtype.itemsize, piece.heads is not None)
+        chunk = chunk_shape(dims, shape, dtype.itemsize, piece.heads is not None)
         self._layouts[path] = chunk, fill
-        return create(self._file, path, shape, dtype, chunk, fill, attrs)
+        self._datasets[path], self._plans[path] = None, (path, shape, dtype, chunk, fill, attrs)
+
+    def _dataset(self, path: str) -> h5py.Dataset:
+        dataset = self._datasets[path]
+        if dataset is None:
+            dataset = self._datasets[path] = create(self._file, *self._plans.pop(path))
+        return dataset
 
     def _widen(self, path: str) -> None:
         """Replace a float16 dataset by a float32 one when a later piece brings values that float16 cannot hold."""
         self.flush()
-        narrow = self._datasets[path]
+        narrow = self._dataset(path)
         values, attrs, chunks, fill = narrow[...].astype(np.float32), dict(narrow.attrs), narrow.chunks, narrow.fillvalue
         self._encoder.written.pop(path, None)
         self._through_hdf5.add(path)
         del self._file[path]
-        self._datasets[path] = self._file.create_dataset(path, data=values, chunks=chunks, fillvalue=fill, **FILTERS)
-        self._datasets[path].attrs.update(attrs)
+        wide = self._datasets[path] = self._file.create_dataset(path, data=values, chunks=chunks, fillvalue=fill, **FILTERS)
+        wide.attrs.update(attrs)
 
     def native(self, piece: NativePiece) -> None:
         """Store a whole native tensor, as computed."""
@@ -169,7 +186,7 @@ class TraceWriter:
     # -- reading back what was stored, for results that need the whole run ----------------------------------------------------
 
     def has(self, site: str, layer: int | None = None) -> bool:
-        return site_path(site, layer) in self._file
+        return site_path(site, layer) in self._datasets
 
     def __getitem__(self, key: str | tuple[str, int]) -> NDArray[np.float32]:
         self.flush()
@@ -203,7 +220,7 @@ class TraceWriter:
         if values.size:
             self._through_hdf5.add(f"results/{name}")
         dataset = self._file.create_dataset(f"results/{name}", data=values, chunks=values.shape if values.size else None, **(_SMALL if values.size else {}))
-        dataset.attrs["dims"] = list(dims)
+        dataset.attrs["dims"] = dims
         dataset.attrs["labels"] = json.dumps({"dims": list(dims), **labels})
 
     def publish(self, *, engine_version: str, category: str = "", tags: tuple[str, ...] = (), **metadata: Any) -> Path:
@@ -254,3 +271,8 @@ class TraceWriter:
     def __exit__(self, kind: object, *_: object) -> None:
         if self.part.exists():
             self.discard()
+
+
+def _fill(site: str) -> float:
+    """What a map holds where the mask forbids attention, and HDF5 where nothing was written."""
+    return -np.inf if site in _NEGATIVE_INFINITY_SITES else 0.0
