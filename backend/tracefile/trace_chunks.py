@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -26,7 +27,7 @@ import hdf5plugin
 import numpy as np
 import xxhash
 import zstandard
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 _LEVEL = 1  # level 3 takes twice as long and saves half a per cent of an attention map
 _ZSTANDARD = 32015  # its number among HDF5's registered filters
@@ -116,26 +117,42 @@ class Encoder:
     """Collects chunks, encodes a batch of them on several threads, the caller's among them, and writes it in the order it came.
 
     What each step needs, HDF5's code and tables too, has left the processor's cache by the time that the engine has computed another
-    layer: a batch pays for that once. `dataset` says what the dataset at a path is, and makes it if need be.
+    layer: a batch pays for that once. `dataset` gives the dataset at a path, and makes it if need be; `after_batch` hears when a batch is in the file.
+    A batch waits in memory of its own: among the arrays that come and go with every layer it would keep their heap from ever being one piece.
     """
 
-    def __init__(self, dataset: Callable[[str], h5py.Dataset], n_threads: int) -> None:
-        self._dataset = dataset
+    def __init__(self, dataset: Callable[[str], h5py.Dataset], after_batch: Callable[[], None], n_threads: int) -> None:
+        self._dataset, self._after_batch = dataset, after_batch
         self._pool = ThreadPoolExecutor(max(n_threads - 1, 1), thread_name_prefix="encode")
         self._waiting: list[tuple[str, Offset, NDArray[Any]]] = []
-        self._n_bytes = 0
+        self._n_bytes = self._n_used = 0
+        self._memory = np.empty(_BATCH, np.uint8)
         self.written: Written = {}
+
+    def room(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """An array to be filled and then put, in whole chunks, before anything else is asked for; it is this object's own from then on."""
+        kind = np.dtype(dtype)
+        size = kind.itemsize * math.prod(shape)
+        if size > _BATCH:
+            return np.empty(shape, kind)
+        if self._n_used + size > _BATCH:
+            self.finish()
+        begin, self._n_used = self._n_used, self._n_used + size
+        return self._memory[begin : begin + size].view(kind).reshape(shape)
 
     def put(self, path: str, offset: Offset, values: NDArray[Any]) -> None:
         """Write `values`, a whole chunk that nobody changes any more, at `offset` of the dataset at `path`; at the latest when `finish` returns."""
         self._waiting.append((path, offset, values))
         self._n_bytes += values.nbytes
+
+    def settle(self) -> None:
+        """Write what is waiting if it is a batch."""
         if self._n_bytes >= _BATCH:
             self.finish()
 
     def finish(self) -> None:
         """Write all that is waiting."""
-        batch, self._waiting, self._n_bytes = self._waiting, [], 0
+        batch, self._waiting, self._n_bytes, self._n_used = self._waiting, [], 0, 0
         groups = [batch[at : at + _GROUP] for at in range(0, len(batch), _GROUP)]
         others = [self._pool.submit(_encode_all, group) for group in groups]
         mine: dict[int, list[tuple[bytes, int]]] = {}
@@ -149,9 +166,11 @@ class Encoder:
             for (path, offset, _), (data, checksum) in zip(group, encoded, strict=True):
                 self._dataset(path).id.write_direct_chunk(offset, data)
                 self.written.setdefault(path, {})[offset] = checksum
+        self._after_batch()
 
     def close(self) -> None:
-        self._waiting.clear()
+        """End its threads and forget what waits."""
+        self._waiting, self._memory = [], np.empty(0, np.uint8)
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 

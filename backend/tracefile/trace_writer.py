@@ -52,12 +52,13 @@ class TraceWriter:
         self.part = Path(folder) / f"{self.id}{PART_SUFFIX}"
         self._float, self._rows = np.dtype(precision), rows
         self._open = True
-        self._datasets: dict[str, h5py.Dataset | None] = {}  # None: described in _plans, and made when its first chunk is written
-        self._plans: dict[str, tuple[Any, ...]] = {}  # what `create` is told
+        self._plans: dict[str, tuple[Any, ...]] = {}  # path of a dataset that is not made yet -> what `create` is told
+        self._datasets: dict[str, h5py.Dataset] = {}  # those that are open: each costs 65 KB
+        self._complete: set[str] = set()  # paths of those that nothing more is written to
         self._layouts: dict[str, tuple[tuple[int, ...], float]] = {}  # chunk shape and fill value of each: asking HDF5 takes longer
         self._wide: set[str] = set()  # paths of what float16 cannot hold
         self._through_hdf5: set[str] = set()  # paths of chunked datasets that HDF5 itself wrote to
-        self._encoder = Encoder(self._dataset, n_threads=min(default_threads(), _ENCODERS))
+        self._encoder = Encoder(self._dataset, self._close_complete, n_threads=min(default_threads(), _ENCODERS))
         try:
             self.part.parent.mkdir(parents=True, exist_ok=True)
             # Exclusive creation: two writers can never share a part file. The lock says that its writer lives, as long as it does.
@@ -77,9 +78,10 @@ class TraceWriter:
         """
         values = self._packed(piece, self._checked(piece), causal)
         path = site_path(piece.site, piece.layer)
-        stored = values if values.dtype.kind == "i" or self._float == np.float32 or path in self._wide else to_float16(values)
+        narrow = values.dtype.kind != "i" and self._float == np.float16 and path not in self._wide
+        stored = to_float16(values, self._encoder.room(values.shape, np.float16)) if narrow else values
         overflow = stored.dtype == np.float16 and overflowed(stored, values)
-        if path not in self._datasets:
+        if path not in self._layouts:
             self._plan(path, piece, np.dtype(np.float32) if overflow else stored.dtype, packed=values.ndim == 2)
         elif overflow:
             self._widen(path)
@@ -95,6 +97,8 @@ class TraceWriter:
         heads = piece.heads or range(self.info.n_heads)
         chunk, fill = self._layouts[path]
         step, stop = chunk[axis], piece.start + values.shape[axis]
+        if piece.start + piece.values.shape[axis] == self.n_tokens:
+            self._complete.add(path)
         if piece.start % step or (stop % step and stop != self.n_tokens):
             self._through_hdf5.add(path)
             dataset = self._dataset(path)
@@ -111,6 +115,7 @@ class TraceWriter:
             at[axis] += piece.start
             at[0] = heads[at[0]] if is_map else at[0]
             self._encoder.put(path, tuple(at), tile)
+        self._encoder.settle()
 
     def flush(self) -> None:
         """Bring everything that was written into the file, so that it can be read back."""
@@ -154,13 +159,18 @@ class TraceWriter:
             attrs["kept"] = json.dumps({"heads": list(piece.heads or range(self.info.n_heads)), "rows": [first, last]})
         chunk = chunk_shape(dims, shape, dtype.itemsize, piece.heads is not None)
         self._layouts[path] = chunk, fill
-        self._datasets[path], self._plans[path] = None, (path, shape, dtype, chunk, fill, attrs)
+        self._plans[path] = (path, shape, dtype, chunk, fill, attrs)
 
     def _dataset(self, path: str) -> h5py.Dataset:
-        dataset = self._datasets[path]
-        if dataset is None:
-            dataset = self._datasets[path] = create(self._file, *self._plans.pop(path))
-        return dataset
+        if path in self._plans:
+            self._datasets[path] = create(self._file, *self._plans.pop(path))
+        elif path not in self._datasets:
+            self._datasets[path] = self._file[path]
+        return self._datasets[path]
+
+    def _close_complete(self) -> None:
+        for path in self._complete & self._datasets.keys():
+            del self._datasets[path]
 
     def _widen(self, path: str) -> None:
         """Replace a float16 dataset by a float32 one when a later piece brings values that float16 cannot hold."""
@@ -186,7 +196,7 @@ class TraceWriter:
     # -- reading back what was stored, for results that need the whole run ----------------------------------------------------
 
     def has(self, site: str, layer: int | None = None) -> bool:
-        return site_path(site, layer) in self._datasets
+        return site_path(site, layer) in self._layouts
 
     def __getitem__(self, key: str | tuple[str, int]) -> NDArray[np.float32]:
         self.flush()
