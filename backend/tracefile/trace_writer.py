@@ -2,7 +2,7 @@
 
 The file is written as `<id>.h5.part`, flushed, closed, read back once against its checksums, and only then renamed: a
 half-written trace is never visible under its name. This is the gate at which every array is held against the vocabulary.
-Arrays that arrive in whole chunks are encoded beside HDF5 (trace_chunks), while the engine computes the next layer.
+Arrays that arrive in whole chunks are encoded outside HDF5, a batch of them at a time (trace_chunks).
 """
 
 from __future__ import annotations
