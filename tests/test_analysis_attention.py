@@ -189,6 +189,11 @@ def test_entropy_holds_from_the_smallest_number_to_one(value):
     assert attention.entropy(pattern)[0, 0] == pytest.approx(expected, rel=3e-7, abs=1e-36)
 
 
+def test_a_pattern_whose_keys_do_not_fit_its_rows_is_refused():
+    with pytest.raises(ValueError, match="rows 3 to 7 are given has 7 keys, not 6"):
+        attention.read_pattern(uniform(6)[:, 2:], start=3)
+
+
 def test_where_no_folder_can_be_written_the_loops_are_compiled_each_time(monkeypatch):
     from numba.core import caching
 

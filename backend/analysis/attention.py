@@ -49,10 +49,15 @@ class PatternRows:
 
 
 def read_pattern(pattern: Pattern, start: int = 0, cell: int = 1) -> PatternRows:
-    """Rows `start` to `start + n` of a prompt's pattern (head, n, start + n), read once. Compiled at first use, which takes a second on a new machine."""
+    """Rows `start` to `start + n` of a prompt's pattern (head, n, start + n), read once. Compiled at first use, which takes a second on a new machine.
+
+    Raises ValueError for another number of keys: compiled loops would read beyond the array.
+    """
     from backend.analysis import compiled
 
     n_heads, n, n_keys = pattern.shape
+    if n_keys != start + n:
+        raise ValueError(f"A pattern whose rows {start} to {start + n} are given has {start + n} keys, not {n_keys}.")
     flat, head_step, row_step = _flat(pattern)
     mass, entropies, distances = (np.empty((n_heads, n), np.float32) for _ in range(3))
     least, beyond = np.empty(n_heads, np.float32), np.empty(n_heads, np.float32)

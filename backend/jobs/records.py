@@ -210,13 +210,18 @@ class Jobs:
         with self._connection() as db:
             db.execute("UPDATE jobs SET heartbeat = ? WHERE id = ? AND state = 'running'", (time.time(), job_id))
 
-    def reap(self) -> Sequence[str]:
-        """Mark running jobs whose worker is dead as crashed; their ids. At start-up this is what the last crash left behind."""
+    def reap(self, spared: int | None = None) -> Sequence[str]:
+        """Mark running jobs whose worker is dead as crashed; their ids. At start-up this is what the last crash left behind.
+
+        spared: id of a process on this machine whose parent asks, and will say itself how it ended.
+        """
         with self._connection() as db:
             rows = db.execute("SELECT * FROM jobs WHERE state = 'running'").fetchall()
         reaped = []
         for row in rows:
             owner = Owner.from_json(row["owner"])
+            if owner.is_here() and owner.pid == spared:
+                continue
             silent = time.time() - row["heartbeat"]
             if owner.is_dead() or (not owner.is_here() and silent > HEARTBEAT_LIMIT_S):
                 stage = f" while {row['stage']}" if row["stage"] else ""

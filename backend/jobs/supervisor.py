@@ -46,6 +46,7 @@ class Supervisor(Consumer):
     def __init__(self, jobs: Jobs, settings: Settings, sweep: Callable[[], Any]) -> None:
         """`sweep` is called at start, after a worker died, and every few seconds: it removes what dead processes left."""
         self.jobs, self.settings, self._sweep, self._swept_at = jobs, settings, sweep, 0.0
+        self._watched: Any = None  # the process of the last round: Huey may find it dead, and start another, after this class found it alive
         jobs.huey.supervisor_pid = os.getpid()
         super().__init__(jobs.huey, workers=1, worker_type="process", periodic=False, initial_delay=0.05, backoff=1.2, max_delay=0.2,
                          scheduler_interval=60, check_worker_health=True, health_check_interval=CHECK_EVERY_S)  # fmt: skip
@@ -58,14 +59,16 @@ class Supervisor(Consumer):
     def check_worker_health(self) -> bool:
         """Huey's own hook, called about every CHECK_EVERY_S."""
         try:
-            dead = not self.process.is_alive()
+            watched = self._watched = self._watched or self.process
+            dead = not watched.is_alive()
             if dead:
-                self._record_death()
+                self._record_death(watched)
+                self._watched = None
             else:
                 self._judge_running_job()
             if dead or time.monotonic() - self._swept_at >= SWEEP_EVERY_S:
                 self._swept_at = time.monotonic()
-                self.jobs.reap()
+                self.jobs.reap(spared=watched.pid)  # it may have died just now: the next round knows of what
                 self.jobs.requeue_lost()
                 self._sweep()
         except (sqlite3.Error, OSError):
@@ -73,20 +76,20 @@ class Supervisor(Consumer):
             log.exception("a round of supervision failed")
         return bool(super().check_worker_health())
 
-    def _mine(self) -> list[Job]:
-        return [job for job in self.jobs.running() if job.owner and job.owner.is_here() and job.owner.pid == self.process.pid]
+    def _of(self, process: Any) -> list[Job]:
+        return [job for job in self.jobs.running() if job.owner and job.owner.is_here() and job.owner.pid == process.pid]
 
-    def _record_death(self) -> None:
-        reason = exit_reason(self.process.exitcode)
-        log.error("the worker process %s ended: %s", self.process.pid, reason)
-        for job in self._mine():
+    def _record_death(self, process: Any) -> None:
+        reason = exit_reason(process.exitcode)
+        log.error("the worker process %s ended: %s", process.pid, reason)
+        for job in self._of(process):
             stage = f" while {job.stage}" if job.stage else ""
             hint = "; the kernel does this when memory runs out" if reason == "SIGKILL" else ""
             self.jobs.end(job.id, "crashed", f"The worker process ended by {reason}{stage}{hint}. The next job gets a new worker.", reason)
 
     def _judge_running_job(self) -> None:
         now = time.time()
-        for job in self._mine():
+        for job in self._of(self.process):
             if job.cancel_at is not None and now - job.cancel_at > self.settings.cancel_grace_s:
                 self._kill(job, "cancelled", "")
             elif job.started_at is not None and now - job.started_at > self.settings.job_timeout_s:
