@@ -5,7 +5,7 @@ PEERS := .venv-peers
 PY := $(VENV)/bin/python
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test lint types unit browser faults fuzz slow screenshots models bench peers peers-env image clean help
+.PHONY: run test lint types unit browser late faults fuzz slow screenshots models bench peers peers-env image clean help
 
 run: $(VENV)/.installed  ## start the dashboard and its worker
 	$(PY) app.py
@@ -21,6 +21,9 @@ types: $(VENV)/.installed-dev  ## mypy
 # Two at a time, a file each: most tests keep one core busy. Each process computes with one thread.
 unit: $(VENV)/.installed-dev  ## pytest, the browser tests included
 	OMP_NUM_THREADS=1 $(PY) -m pytest --numprocesses 2 --dist loadfile
+
+late: $(VENV)/.installed-dev  ## the browser tests with every answer to the page late, each by its own time: what passes only on an idle machine fails
+	OMP_NUM_THREADS=1 LATE_ANSWERS_MS=700 $(PY) -m pytest tests/browser --numprocesses 2 --dist loadfile
 
 faults: $(VENV)/.installed-dev  ## long fault-injection runs
 	$(PY) -m pytest -m faults

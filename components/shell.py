@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import sys
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 import dash
+import flask
 from dash import ClientsideFunction, Input, Output, callback, clientside_callback, dcc, html, set_props
 
 from backend.errors import LayerscopeError
@@ -34,7 +36,8 @@ INDEX = """<!DOCTYPE html>
 
 
 def shell() -> html.Div:
-    """The layout around every page."""
+    """The layout around every page; the rail knows the trace of the address from the start, so that a quick click on it keeps the trace."""
+    path, trace = _address()
     return html.Div(
         [
             dcc.Location(id="url", refresh="callback-nav"),
@@ -42,7 +45,7 @@ def shell() -> html.Div:
             dcc.Store(id="trace-id", storage_type="session"),
             dcc.Store(id="position"),
             html.A("Skip to the page", href="#main", className="visually-hidden-focusable btn btn-primary"),
-            html.Nav([_brand(), html.Div(_rail("", None, {}), id="rail-groups"), html.Div(_theme_button(), className="rail-foot")], className="rail", **{"aria-label": "Pages"}),
+            html.Nav([_brand(), html.Div(_rail(path, _opened(trace), {}), id="rail-groups"), html.Div(_theme_button(), className="rail-foot")], className="rail", **{"aria-label": "Pages"}),
             html.Main(dash.page_container, id="main", className="main"),
             jobs_tray(),
             html.Div(id="problem", className="problem", role="alert"),
@@ -108,11 +111,20 @@ def _why_dimmed(page: dict[str, Any], trace: Trace | None) -> tuple[str, str]:
 @callback(Output("rail-groups", "children"), Input("url", "pathname"), Input("trace-id", "data"), Input("counts", "data"))
 def show_rail(path: str, trace_id: str | None, counts: dict[str, int] | None) -> list[html.Div]:
     """Mark the page that is shown, and dim what the current trace cannot serve."""
+    return _rail(path, _opened(trace_id or _address()[1]), counts or {})
+
+
+def _opened(trace_id: str | None) -> Trace | None:
     try:
-        trace = services().library.open(trace_id) if trace_id else None
+        return services().library.open(trace_id) if trace_id else None
     except LayerscopeError:
-        trace = None
-    return _rail(path, trace, counts or {})
+        return None
+
+
+def _address() -> tuple[str, str | None]:
+    """Path and trace of the address that the browser asks the layout for; nothing where it does not say, or nobody asks (Dash, at the start)."""
+    address = urlsplit(flask.request.referrer or "") if flask.has_request_context() else urlsplit("")
+    return address.path, next(iter(parse_qs(address.query).get("trace", [])), None)
 
 
 clientside_callback(ClientsideFunction("layerscope", "switchTheme"), Output("theme", "data"), Input("theme-button", "n_clicks"))

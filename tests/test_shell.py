@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,17 @@ def test_no_page_is_a_dead_link(library):
     client = web_app().server.test_client()
     for name, link in rail_links("/", None).items():
         assert client.get(link["href"]).status_code == 200, name
+
+
+def test_the_rail_keeps_the_trace_of_the_address_before_any_callback_has_answered(library):
+    def href_of_attention(trace_id: str) -> str:
+        asked = {"Referer": f"http://localhost/trace?trace={trace_id}&pos=2"}
+        links = re.findall(r'"href":("[^"]*")', web_app().server.test_client().get("/_dash-layout", headers=asked).text)
+        return next(href for href in map(json.loads, links) if href.startswith("/attention"))
+
+    trace_id = add_trace(library)
+    assert href_of_attention(trace_id) == f"/attention?trace={trace_id}"
+    assert href_of_attention("gone") == "/attention"
 
 
 def test_a_missing_site_leads_home_with_model_prompt_and_the_site(library):

@@ -91,6 +91,7 @@ def test_a_generation_that_is_stopped_midway_keeps_its_tokens(server, tiny, visi
         page.wait_for_function(f"() => document.querySelectorAll('#live-text .tok.written').length === {len(labels)}")
         assert written(page) == labels
         assert page.locator("#live-text b").count() == 0, "text of tokens is text"
+        page.wait_for_function(f"() => document.querySelector('#gen-curves .js-plotly-plot')._fullData[0].y.length === {len(labels)}")
         shown = page.evaluate("() => Array.from(document.querySelector('#gen-curves .js-plotly-plot')._fullData[0].y)")
         np.testing.assert_allclose(shown, np.exp(trace.next_logprobs[trace.n_prompt - 1 : -1]), rtol=1e-4, atol=1e-7)
 

@@ -10,6 +10,7 @@ import pytest
 from backend.analysis import moe
 from backend.reports.routing import compare, overall, routing_layers
 from backend.trace import open_trace
+from components.figures.theme import COLOURS
 from tests.browser.served import served
 from tests.browser.test_trace_pages import PROMPT, drawn, query_of
 
@@ -172,12 +173,13 @@ def test_what_is_seen_first_comes_with_the_page_in_the_browsers_theme(opened, mo
     page.evaluate("() => document.getElementById('theme-button').click()")  # dark, unless it was; a cookie remembers it
     page.wait_for_load_state("networkidle")
     theme = page.evaluate("() => document.documentElement.getAttribute('data-bs-theme')")
-    page.wait_for_timeout(500)  # until the figures are redrawn
-    colour = page.evaluate("() => document.querySelector('#moe-load .js-plotly-plot')._fullLayout.font.color")
+    ink = "() => document.querySelector('#moe-load .js-plotly-plot')._fullLayout.font.color"
+    colour = COLOURS[theme]["ink-2"]
+    page.wait_for_function(f"() => ({ink})() === '{colour}'")  # the figures are redrawn
     page.on("request", lambda request: asked.append(request.post_data or ""))
     opened(moe_server[1])
     page.wait_for_load_state("networkidle")
     assert page.evaluate("() => document.documentElement.getAttribute('data-bs-theme')") == theme
-    assert page.evaluate("() => document.querySelector('#moe-load .js-plotly-plot')._fullLayout.font.color") == colour
+    assert page.evaluate(ink) == colour
     assert not any('"moe-view.data"' in body or '"id":"moe-view"' in body for body in asked)
     assert any('"id":"moe-seen"' in body for body in asked)  # the search sees the callback of the cards below
