@@ -37,7 +37,8 @@ INDEX = """<!DOCTYPE html>
 
 def shell() -> html.Div:
     """The layout around every page; the rail knows the trace of the address from the start, so that a quick click on it keeps the trace."""
-    path, trace = _address()
+    path, trace_id = _address()
+    rail = _rail(path, _opened(trace_id), {})
     return html.Div(
         [
             dcc.Location(id="url", refresh="callback-nav"),
@@ -45,7 +46,7 @@ def shell() -> html.Div:
             dcc.Store(id="trace-id", storage_type="session"),
             dcc.Store(id="position"),
             html.A("Skip to the page", href="#main", className="visually-hidden-focusable btn btn-primary"),
-            html.Nav([_brand(), html.Div(_rail(path, _opened(trace), {}), id="rail-groups"), html.Div(_theme_button(), className="rail-foot")], className="rail", **{"aria-label": "Pages"}),
+            html.Nav([_brand(), html.Div(rail, id="rail-groups"), html.Div(_theme_button(), className="rail-foot")], className="rail", **{"aria-label": "Pages"}),
             html.Main(dash.page_container, id="main", className="main"),
             jobs_tray(),
             html.Div(id="problem", className="problem", role="alert"),
