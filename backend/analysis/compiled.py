@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 # Sums may be taken in another order, as NumPy does too, a product and a sum rounded once, and the sign of a zero lost.
-_FAST = {"reassoc", "contract", "nsz"}
+FAST = {"reassoc", "contract", "nsz"}
 _TINY = np.float32(1.2e-38)  # 0 ln 0 is 0: the logarithm of a zero is taken of this instead and multiplied with the zero
 
 
@@ -34,7 +34,7 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
     return decorate
 
 
-@numba.njit(fastmath=_FAST, inline="always")
+@numba.njit(fastmath=FAST, inline="always")
 def _ln(x: Any) -> Any:
     """Natural logarithm of a normal positive float32, in steps that the compiler takes for eight values at once; errs by 1e-7 relative.
 
@@ -59,7 +59,7 @@ def _ln(x: Any) -> Any:
     return f + (y * f * z + exponent * np.float32(-2.12194440e-4) - np.float32(0.5) * z) + exponent * np.float32(0.693359375)
 
 
-@compiled(fastmath=_FAST, error_model="numpy")
+@compiled(fastmath=FAST, error_model="numpy")
 def read_rows(cells: NDArray[Any], head_step: int, row_step: int, start: int, cell: int, mass: NDArray[Any], entropy: NDArray[Any], distance: NDArray[Any],
               least: NDArray[Any], beyond: NDArray[Any], peaks: NDArray[Any], row_peaks: NDArray[Any]) -> None:  # fmt: skip
     """What `attention.PatternRows` holds, of rows `start` on; every array but `cells` is filled, all are float32 and contiguous.
@@ -130,3 +130,22 @@ def sum_error(a: NDArray[Any], b: NDArray[Any], c: NDArray[Any]) -> tuple[np.flo
         difference = max(difference, np.float32(a[i] + b[i] - c[i]).view(np.int32) & np.int32(0x7FFFFFFF))
         size = max(size, np.float32(c[i]).view(np.int32) & np.int32(0x7FFFFFFF))
     return np.int32(difference).view(np.float32), np.int32(size).view(np.float32)
+
+
+@compiled()
+def largest(a: NDArray[Any]) -> np.float32:
+    """The largest |a| of a flat float32 array; NaN where any is, 0 of nothing."""
+    size = np.int32(0)
+    for i in range(len(a)):
+        size = max(size, np.float32(a[i]).view(np.int32) & np.int32(0x7FFFFFFF))
+    return np.int32(size).view(np.float32)
+
+
+@compiled()
+def copy_largest(a: NDArray[Any], out: NDArray[Any]) -> np.float32:
+    """`largest`, with a copy in `out`."""
+    size = np.int32(0)
+    for i in range(len(a)):
+        out[i] = a[i]
+        size = max(size, np.float32(a[i]).view(np.int32) & np.int32(0x7FFFFFFF))
+    return np.int32(size).view(np.float32)

@@ -142,17 +142,18 @@ class Identities:
         self._stream: Array | None = None  # the residual stream that enters the next layer, if it was captured
         self._last_resid: Array | None = None
 
-    def add(self, site: str, layer: int | None, values: Array, start: int = 0, read: PatternRows | None = None) -> None:
+    def add(self, site: str, layer: int | None, values: Array, start: int = 0, read: PatternRows | None = None, largest: float | None = None) -> None:
         """Take one piece (positions `start` on, in the site's dims) and check every identity that it completes.
 
         The values of `HELD` sites are kept while their layer is at hand, not copied: the caller does not change them afterwards.
-        read: what `attention.read_pattern` said of an attn_pattern, where it has been asked.
+        read: what `attention.read_pattern` said of an attn_pattern, where it has been asked. largest: what `measured` said of other values.
         """
         self._seen.add(site)
         if site == "attn_pattern":
             read = read or read_pattern(values, start)
         if site not in _IGNORED_INFINITE:
-            self._check_finite(site, layer, values, read)
+            known = read.finite if read is not None else largest is not None and largest < float("inf")
+            self._check_finite(site, layer, values, known)
         if start != self._start:
             self._start, self._layer, self._held, self._stream, self._last_resid = start, None, {}, None, None
         if site == "embed":
@@ -309,9 +310,10 @@ class Identities:
             error = _largest(self._unembed(self._last_resid[rows], tokens) - logits[np.ix_(rows, tokens)])
             self._found["unembed"].record(_share(error, size), self._info.n_layers - 1)
 
-    def _check_finite(self, site: str, layer: int | None, values: Array, read: PatternRows | None) -> None:
+    def _check_finite(self, site: str, layer: int | None, values: Array, known: bool) -> None:
+        """known: whether the values are already known to be finite."""
         found = self._found["finite"]
-        if read is not None and read.finite:
+        if known:
             found.record(0.0, layer)
             return
         if site in ("router_logits", "router_probs") and (site, layer) in self._edited:
@@ -357,6 +359,17 @@ def sum_error(a: Array, b: Array, total: Array) -> float:
 
     difference, size = compiled.sum_error(a.reshape(-1), b.reshape(-1), total.reshape(-1))
     return _share(*(float("inf") if np.isnan(value) else float(value) for value in (difference, size)))
+
+
+def measured(values: Array, copy: bool) -> tuple[Array, float | None]:
+    """`values`, or a copy of them if `copy`, and their largest |x| if they are float32 in one piece, infinite where any is NaN; one pass for both."""
+    if values.dtype != np.float32 or not values.flags.c_contiguous:
+        return (np.array(values, order="C") if copy else values), None
+    from backend.analysis import compiled
+
+    kept = np.empty_like(values) if copy else values
+    top = compiled.copy_largest(values.reshape(-1), kept.reshape(-1)) if copy else compiled.largest(values.reshape(-1))
+    return kept, float("inf") if np.isnan(top) else float(top)
 
 
 def _share(difference: float, size: float) -> float:

@@ -20,6 +20,8 @@ from numpy.typing import ArrayLike, NDArray
 from backend.analysis.activations import bucket_edges
 
 _CELLS = 1 << 21  # cells of one float64 working block: 16 MB
+_WORTH_COMPILING = 8  # rows; a generation, which has one at a time, need not wait for Numba
+_SCALARS = ("logsumexp", "entropy", "next_logprobs")
 
 
 def row_blocks(n_rows: int, n_columns: int) -> Iterator[slice]:
@@ -70,12 +72,17 @@ def top_ids(logits: NDArray[np.floating], k: int) -> NDArray[np.int32]:
 
 def _row_top_ids(row: NDArray[np.floating], k: int) -> NDArray[np.int64]:
     """Of one row without NaN: at least k values are no smaller than the k-th largest of the maxima of k or more groups, so few candidates stand for it."""
-    groups = next((n for n in (len(row) // width for width in (64, 16, 4)) if n >= 2 * k), 0)
+    groups = _n_groups(len(row), k)
     # Each group takes every `groups`-th column, so that the maxima of all of them are made of long runs at once.
     maxima = row[: len(row) // groups * groups].reshape(-1, groups).max(axis=0) if groups else row
     threshold = np.partition(maxima, len(maxima) - k)[len(maxima) - k]
     candidates = np.flatnonzero(row >= threshold)  # ids ascend, so a stable sort breaks ties by id
     return candidates[np.argsort(-row[candidates], kind="stable")[:k]]
+
+
+def _n_groups(n: int, k: int) -> int:
+    """Of `n` columns, so that their k best are looked for in few of the groups; 0 where that is all of them."""
+    return next((groups for groups in (n // width for width in (64, 16, 4)) if groups >= 2 * k), 0)
 
 
 @dataclass
@@ -131,10 +138,29 @@ def summary(logits: NDArray[np.float32], following: NDArray[np.integer], k: int)
     Returns top_ids (pos, k) int32 and top_logprobs (pos, k), logsumexp, entropy, next_logprobs (pos,) float32, all in nats, and
     next_ranks (pos,) int32, 0 for the best. Same definitions as the functions of these names.
     """
+    if len(logits) >= _WORTH_COMPILING:
+        return _summary_of_many(np.ascontiguousarray(logits, np.float32), np.asarray(following, np.int64), min(k, logits.shape[1]))
     reader = RowReader(logits.shape[1], k)
     with np.errstate(invalid="ignore"):
         read = [reader.read(np.asarray(row, np.float32), int(token)) for row, token in zip(logits, following, strict=True)]
     return joined(read)
+
+
+def _summary_of_many(logits: NDArray[np.float32], following: NDArray[np.int64], k: int) -> dict[str, NDArray]:
+    from backend.analysis import compiled_logits
+
+    n = len(logits)
+    found = {"top_ids": np.empty((n, k), np.int32), "top_logprobs": np.empty((n, k), np.float32)}
+    scalars, ranks, odd = np.empty((n, 3)), np.empty(n, np.int32), np.empty(n, bool)
+    compiled_logits.read_rows(logits, following, _n_groups(logits.shape[1], k), *found.values(), scalars, ranks, odd)
+    found |= {name: scalars[:, at].astype(np.float32) for at, name in enumerate(_SCALARS)} | {"next_ranks": ranks}
+    if odd.any():
+        reader = RowReader(logits.shape[1], k)
+        with np.errstate(invalid="ignore"):
+            others = joined([reader.read(row, int(token)) for row, token in zip(logits[odd], following[odd], strict=True)])
+        for name, values in others.items():
+            found[name][odd] = values
+    return found
 
 
 def joined(rows: Sequence[RowSums]) -> dict[str, NDArray]:
@@ -143,7 +169,7 @@ def joined(rows: Sequence[RowSums]) -> dict[str, NDArray]:
     return {
         "top_ids": np.array([row.top_ids for row in rows], np.int32),
         "top_logprobs": np.array([row.top_logprobs for row in rows], np.float32),
-        **{name: scalars[:, at] for at, name in enumerate(("logsumexp", "entropy", "next_logprobs"))},
+        **{name: scalars[:, at] for at, name in enumerate(_SCALARS)},
         "next_ranks": np.array([row.rank for row in rows], np.int32),
     }
 

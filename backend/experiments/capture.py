@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from backend.analysis import attention as attention_analysis
 from backend.analysis import logits as logits_analysis
-from backend.analysis.identities import HELD, Identities, tolerances
+from backend.analysis.identities import HELD, Identities, measured, tolerances
 from backend.engines import Engine, Piece, Request, Sampling, ShouldStop, never_stop
 from backend.engines.native import NativePiece
 from backend.engines.threads import trim_heap
@@ -39,7 +39,7 @@ from backend.tracefile.trace_writer import TraceWriter
 
 TOP_K = 20
 _SUMMARY_ROWS = 32  # positions whose logits are summarised at once
-_LAYERS_UNTRIMMED = 4
+_LAYERS_UNTRIMMED = 16
 THUMBNAIL_SIZE = 48
 # Free disk left untouched by a capture, on top of the trace's own estimated size.
 DISK_RESERVE = 256 << 20
@@ -161,16 +161,19 @@ class _Run:
                 trim_heap()
             self._tell(piece.layer, piece.start, piece.values.shape[1 if SITES[piece.site].is_attention_map else 0])
         read = attention_analysis.read_pattern(piece.values, piece.start, self._cell) if piece.site == "attn_pattern" else None
-        if piece.site in HELD and not piece.owned:
-            piece = replace(piece, values=np.array(piece.values, order="C"), owned=True)
-        self.identities.add(piece.site, piece.layer, piece.values, piece.start, read)
+        largest = None
+        if read is None:
+            copy = piece.site in HELD and not piece.owned
+            values, largest = measured(piece.values, copy)
+            piece = replace(piece, values=values, owned=True) if copy else piece
+        self.identities.add(piece.site, piece.layer, piece.values, piece.start, read, largest)
         if piece.site == "logits":
             self._predictions += summaries(piece.values, piece.start, self.ids)
             if self.logits is not None:
                 self.logits.put(piece.start, piece.values)
             if not self.keep_logits:
                 return
-        self.writer.write(piece, causal=None if read is None else not read.beyond.any())
+        self.writer.write(piece, causal=None if read is None else not read.beyond.any(), largest=largest)
         if read is not None and piece.layer is not None:
             self._head_summaries(piece.layer, piece, read)
 

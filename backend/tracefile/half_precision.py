@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+FLOAT16_MAX = 65_504.0
 _INFINITE = 0x7C00  # the exponent of infinities and NaN
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from backend.engines.native import NativePiece
 from backend.errors import LayerscopeError
 from backend.model_info import ModelInfo
 from backend.sites import SITES
-from backend.tracefile.half_precision import overflowed, to_float16
+from backend.tracefile.half_precision import FLOAT16_MAX, overflowed, to_float16
 from backend.tracefile.packed_maps import PACKED_TOKENS, n_cells, pack
 from backend.tracefile.trace_chunks import FILTERS, Encoder, create, tiles, verify
 from backend.tracefile.trace_layout import FORMAT, NATIVE_GROUP, PACKED, PART_SUFFIX, SUFFIX, VERSION, check_id, chunk_shape, new_id, site_path, write_json
@@ -61,26 +62,28 @@ class TraceWriter:
         self._encoder = Encoder(self._dataset, self._close_complete, n_threads=min(default_threads(), _ENCODERS))
         try:
             self.part.parent.mkdir(parents=True, exist_ok=True)
-            # Exclusive creation: two writers can never share a part file. The lock says that its writer lives, as long as it does.
-            self._lock = os.open(self.part, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+            # Exclusive creation: two writers can never share a part file. HDF5 makes it, for it would truncate one that is there, and ext4 writes a
+            # truncated file to the disk while it is closed. The lock says that its writer lives, as long as it does; until then it is too young to be stale.
+            self._file = h5py.File(self.part, "x", libver=("v110", "v110"), locking=False)
+            self._lock = os.open(self.part, os.O_RDWR)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
-            self._file = h5py.File(self.part, "w", libver=("v110", "v110"), locking=False)
         except OSError as error:
             raise LayerscopeError(f"No trace can be written in {folder}: {error.strerror or error}.") from None
 
     # -- activations -------------------------------------------------------------------------------------------------------
 
-    def write(self, piece: Piece, causal: bool | None = None) -> None:
+    def write(self, piece: Piece, causal: bool | None = None, largest: float | None = None) -> None:
         """Store one piece of a site at its place. Raises LayerscopeError if its shape contradicts the vocabulary.
 
         The piece's values are read before this returns; its chunks may reach the file later, at the latest on `flush`.
         causal: of an attention map, whether it is known to hold nothing but the mask's value after the diagonal; None: it is looked at.
+        largest: the largest magnitude among the values, if that is known.
         """
         values = self._packed(piece, self._checked(piece), causal)
         path = site_path(piece.site, piece.layer)
         narrow = values.dtype.kind != "i" and self._float == np.float16 and path not in self._wide
         stored = to_float16(values, self._encoder.room(values.shape, np.float16)) if narrow else values
-        overflow = stored.dtype == np.float16 and overflowed(stored, values)
+        overflow = stored.dtype == np.float16 and (largest is None or largest > FLOAT16_MAX) and overflowed(stored, values)
         if path not in self._layouts:
             self._plan(path, piece, np.dtype(np.float32) if overflow else stored.dtype, packed=values.ndim == 2)
         elif overflow:
@@ -248,7 +251,10 @@ class TraceWriter:
             self.flush()
             self._file.flush()
             self._close()
-            verify(self.part, self._encoder.written, self._through_hdf5)
+            with ThreadPoolExecutor(1, thread_name_prefix="sync") as beside:
+                synced = beside.submit(os.fsync, self._lock)  # the disk is at work while what it is given is read back from memory
+                verify(self.part, self._encoder.written, self._through_hdf5)
+                synced.result()
             publish(self.part, self.final)
             self._unlock()
         except OSError as error:
