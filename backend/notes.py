@@ -11,10 +11,14 @@ _WINDOW_IGNORED_BY_LLAMA_CPP = frozenset((
 ))  # fmt: skip
 
 
-# What llama.cpp (of llama-cpp-python 0.3.36) computes otherwise than the model's makers, of every prompt; tests/test_phimoe.py holds it.
+# What llama.cpp (of llama-cpp-python 0.3.36) computes otherwise than the model's makers, of every prompt; tests/test_phimoe.py holds phimoe's,
+# and gpt-oss' was measured (docs/architectures.md).
 _ANOTHER_MODEL_IN_LLAMA_CPP = {
     "phimoe": "llama.cpp runs {} with RMS norms and with expert weights that sum to 1, where its makers have LayerNorm and sparsemixer's weights, "
               "which sum to up to 2: what is shown is what llama.cpp computes, and differs from the Hugging Face model.",
+    "gpt-oss": "Where its file asks for YaRN, as the released ones do, llama.cpp rounds the range of frequencies of {} that YaRN bends, and its makers do not: "
+               "what is shown is what llama.cpp computes, and differs from the Hugging Face model by more the longer the prompt, "
+               "on a tiny model by 5e-3 of the logits after 200 tokens.",
 }  # fmt: skip
 
 

@@ -197,7 +197,7 @@ def test_a_pattern_whose_keys_do_not_fit_its_rows_is_refused():
 def test_where_no_folder_can_be_written_the_loops_are_compiled_each_time(monkeypatch):
     from numba.core import caching
 
-    from backend.analysis.compiled import compiled
+    from backend.compute.compiling import compiled
 
     monkeypatch.setattr(caching.CompileResultCacheImpl, "_locator_classes", [])
     assert compiled()(lambda x: x + 1)(1) == 2

@@ -116,6 +116,26 @@ def test_what_a_trace_keeps_of_a_row_is_what_the_single_functions_say():
     np.testing.assert_array_equal(kept["next_ranks"], logits.rank_of(wide, following))
 
 
+@pytest.mark.parametrize(("d_vocab", "k"), [(16_384, 20), (5_003, 20), (161, 20), (160, 20), (50, 5), (15, 20), (7, 1)])
+def test_many_rows_are_read_as_single_ones_are(d_vocab, k):
+    """A compiled loop reads eight rows and more, NumPy fewer. Whole numbers, so that many are equal; masked and broken rows among them."""
+    rows = np.round(RNG.normal(size=(24, d_vocab)) * 3).astype(np.float32)
+    rows[8:, 2:6] = -np.inf
+    rows[3, 1], rows[4, 2], rows[5], rows[6] = np.nan, np.inf, -np.inf, 0
+    following = RNG.integers(0, d_vocab, 24)
+    many, single = logits.summary(rows, following, k), [logits.summary(rows[i : i + 1], following[i : i + 1], k) for i in range(24)]
+    for name, values in many.items():
+        expected = np.concatenate([row[name] for row in single])
+        assert values.dtype == expected.dtype
+        np.testing.assert_allclose(values, expected, rtol=1e-6, atol=4e-6, err_msg=name)
+    np.testing.assert_array_equal(many["top_ids"], np.concatenate([row["top_ids"] for row in single]))
+
+
+def test_a_next_token_outside_the_vocabulary_is_refused_and_not_read():
+    with pytest.raises(ValueError, match="9 rows of 50 logits have 9 next tokens, from 0 to 50"):
+        logits.summary(np.zeros((9, 50), np.float32), np.array([*range(8), 50]), 5)
+
+
 def test_a_masked_logit_and_a_broken_row_are_kept_as_they_are():
     rows = np.array([[2.0, -np.inf, 0.0], [np.nan, 1.0, 3.0], [np.inf, 1.0, 0.0]], np.float32)
     kept = logits.summary(rows, np.array([2, 2, 1]), 2)

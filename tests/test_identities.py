@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from backend.analysis.identities import Identities, relative_error, sum_error, tolerances
+from backend.analysis.identities import Identities, measured, relative_error, sum_error, tolerances
 from backend.model_info import ModelInfo
 
 N_LAYERS, N_HEADS, D_HEAD, D_MODEL, D_VOCAB, EXPERTS, CHOSEN, N_TOKENS = 3, 2, 4, 8, 20, 4, 2, 7
@@ -253,3 +253,17 @@ def test_the_error_of_a_sum_without_a_copy_is_that_of_the_sum(spoilt, which):
     assert sum_error(a, b, total) == pytest.approx(expected, rel=1e-6)
     assert sum_error(a, b, total[:6]) == np.inf
     assert sum_error(a, b, a + b) == (0 if spoilt is None or which == 2 or spoilt == 1e30 else np.inf)
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_values_are_measured_and_copied_in_one_pass(copy):
+    values = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
+    values[2, 3] = -40
+    kept, largest = measured(values, copy)
+    np.testing.assert_array_equal(kept, values)
+    assert largest == 40 and np.shares_memory(kept, values) is not copy
+    for spoilt in (np.nan, np.inf, -np.inf):
+        values[4, 6] = spoilt
+        assert measured(values, copy)[1] == np.inf
+    assert measured(values[:, ::2], copy)[1] is None and measured(np.ones((2, 2), np.int32), copy)[1] is None
+    assert measured(np.zeros((0, 4), np.float32), copy)[1] == 0

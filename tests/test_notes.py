@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 from backend.engines import OpenOptions, open_engine
 from backend.experiments.capture import CaptureSpec, capture
 from backend.files.hf_config import model_info
+from backend.notes import notes
 from backend.trace import Trace, open_trace
+from tests.small_traces import INFO
 from tests.test_engines_agree import nmse
 from tests.tiny_models import TinyModel, save_tiny
 
@@ -61,3 +64,11 @@ def test_a_window_that_the_config_switches_off_is_none(tmp_path: Path) -> None:
     on = {"use_sliding_window": True, "max_window_layers": 1}
     assert model_info(save_tiny("qwen2", tmp_path / "on", sliding_window=WINDOW, **on).hf).sliding_window == WINDOW
     assert model_info(save_tiny("qwen2", tmp_path / "off", sliding_window=WINDOW, use_sliding_window=False).hf).sliding_window == 0
+
+
+@pytest.mark.parametrize(("engine", "architecture", "words"), [
+    ("gguf", "gpt-oss", ["YaRN"]), ("hf", "gpt_oss", []), ("gguf", "phimoe", ["RMS norms"]), ("hf", "phimoe", []), ("gguf", "llama", []), ("hf", "llama", []),
+])  # fmt: skip
+def test_llama_cpp_says_where_it_runs_another_model(engine, architecture, words):
+    found = notes(replace(INFO, engine=engine, architecture=architecture), 5)
+    assert len(found) == len(words) and all(word in note and INFO.name in note for word, note in zip(words, found, strict=True))

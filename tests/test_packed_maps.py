@@ -32,6 +32,15 @@ def test_the_rows_of_a_packed_map_lie_one_after_the_other():
     np.testing.assert_array_equal(pack(np.array([[[1, 0, 0], [2, 3, 0], [4, 5, 6]]], np.float32), 0.0), [[1, 2, 3, 4, 5, 6]])
 
 
+def test_maps_that_lie_with_gaps_in_memory_are_packed_where_they_lie():
+    """llama.cpp pads the keys; a view of some heads skips the others."""
+    padded = np.random.default_rng(0).normal(size=(6, 5, 8)).astype(np.float32)
+    maps = np.tril(padded[:, :, :5])
+    for view in (padded[:, :, :5], padded[1::2, :, :5], padded[:, :, 3:]):
+        np.testing.assert_array_equal(unpack(pack(view, 0.0, causal=True), 5, 0.0), np.tril(view))
+    np.testing.assert_array_equal(pack(maps.astype(np.float64), 0.0), pack(maps, 0.0))
+
+
 @pytest.mark.parametrize("later", [1e-30, np.nan, -np.inf])
 def test_a_map_that_looks_ahead_is_not_packed(later):
     maps = np.zeros((2, 3, 3), np.float32)

@@ -14,13 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from backend.analysis.activations import bucket_edges
+from backend.compute.flat_maps import flat_maps
+from backend.compute.halves import in_halves
 
 Pattern = NDArray[np.floating]
 
+_WORTH_TWO_THREADS = 1 << 18  # cells of a pattern: a tenth of a millisecond
 METRICS = ("entropy", "entropy_norm", "sink", "previous", "duplicate", "induction", "distance")
 
 
@@ -58,21 +60,20 @@ def read_pattern(pattern: Pattern, start: int = 0, cell: int = 1) -> PatternRows
     n_heads, n, n_keys = pattern.shape
     if n_keys != start + n:
         raise ValueError(f"A pattern whose rows {start} to {start + n} are given has {start + n} keys, not {n_keys}.")
-    flat, head_step, row_step = _flat(pattern)
+    flat, head_step, row_step = flat_maps(pattern)
     mass, entropies, distances = (np.empty((n_heads, n), np.float32) for _ in range(3))
     least, beyond = np.empty(n_heads, np.float32), np.empty(n_heads, np.float32)
     peaks = np.zeros((n_heads, -(-(start + n) // cell) - start // cell, -(-n_keys // cell)), np.float32)
-    compiled.read_rows(flat, head_step, row_step, start, cell, mass, entropies, distances, least, beyond, peaks, np.empty(n_keys, np.float32))
+
+    def read(heads: slice) -> None:
+        filled = [values[heads] for values in (mass, entropies, distances, least, beyond, peaks)]
+        compiled.read_rows(flat[heads.start * head_step :], head_step, row_step, start, cell, *filled, np.empty(n_keys, np.float32))
+
+    if pattern.size >= _WORTH_TWO_THREADS:
+        in_halves(read, n_heads)
+    else:
+        read(slice(0, n_heads))
     return PatternRows(start, cell, mass, entropies, distances, least, beyond, peaks)
-
-
-def _flat(pattern: Pattern) -> tuple[NDArray[np.float32], int, int]:
-    """A pattern's memory as one line of float32, and the steps from head to head and from row to row in it; copied only if it is in another type or order."""
-    values = pattern if pattern.dtype == np.float32 and pattern.strides[2] == 4 and min(pattern.strides) > 0 else np.ascontiguousarray(pattern, np.float32)
-    head_step, row_step = values.strides[0] // 4, values.strides[1] // 4
-    n_heads, n, n_keys = values.shape
-    size = (n_heads - 1) * head_step + (n - 1) * row_step + n_keys if values.size else 0
-    return as_strided(values, (size,), (4,), writeable=False), head_step, row_step
 
 
 def entropy(pattern: Pattern) -> NDArray[np.float64]:
@@ -218,7 +219,7 @@ class Pairs:
         """Sum of the cells of each row of every map (head, n, n_keys); NaN for a row without cells. (head, n)."""
         from backend.analysis import compiled
 
-        flat, head_step, row_step = _flat(pattern)
+        flat, head_step, row_step = flat_maps(pattern)
         sums = np.zeros((len(pattern), self.n))
         compiled.pair_mass(flat, head_step, row_step, self.rows, self.columns, sums)
         sums[:, self._lacking] = np.nan

@@ -1,8 +1,7 @@
 """Compiled loops over what a capture looks at value by value, each in one pass while the values lie in the processor's cache.
 
 NumPy needs a pass, and an array as large as the values, for each question. `attention`, `identities` and `logits` are how these are called.
-Importing this module takes half a second, for Numba, so that is done at first use. Compiling takes another second, once: the code is kept beside
-this file, or in the user's cache folder where that cannot be written.
+See backend.compute.compiling for what that costs.
 
 No flag allows the compiler to leave NaN or infinities out of account: a broken model's numbers stay NaN. Comparisons of floats, which NaN can be
 among, are not made eight at once; those of their bits are, and for values without sign they are the same, with NaN above infinity.
@@ -10,28 +9,15 @@ among, are not made eight at once; those of their bits are, and for values witho
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
-# Sums may be taken in another order, as NumPy does too, a product and a sum rounded once, and the sign of a zero lost.
-FAST = {"reassoc", "contract", "nsz"}
+from backend.compute.compiling import FAST, compiled
+
 _TINY = np.float32(1.2e-38)  # 0 ln 0 is 0: the logarithm of a zero is taken of this instead and multiplied with the zero
-
-
-def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Numba's njit, without Python's lock; kept on disk unless there is no folder for it."""
-
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        try:
-            return numba.njit(nogil=True, cache=True, **options)(function)
-        except RuntimeError:  # numba: "no locator available"
-            return numba.njit(nogil=True, **options)(function)
-
-    return decorate
 
 
 @numba.njit(fastmath=FAST, inline="always")

@@ -1,6 +1,6 @@
 """A compiled loop over rows of logits: what `logits.summary` says of a row, in three passes while the row lies in the processor's cache.
 
-`logits` is how this is called; see `compiled` for what compiling costs and what its flags allow. Only rows of finite numbers, and of -inf where the
+`logits` is how this is called; see backend.compute.compiling for what compiling costs and what its flags allow. Only rows of finite numbers, and of -inf where the
 largest is finite, are read: another is marked and left to NumPy.
 """
 
@@ -12,7 +12,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from backend.analysis.compiled import FAST, compiled
+from backend.compute.compiling import FAST, compiled
 
 _BLOCK = 4096  # columns whose sums are taken in float32, before they are added in float64
 _LEAST = np.float32(-87)  # e^-87 = 1.6e-38 stands for what is smaller, which changes no sum
@@ -79,8 +79,8 @@ def read_rows(logits: NDArray[Any], following: NDArray[Any], groups: int, top_id
                 weight = _exp(shifted)
                 block_total += weight
                 block_moment += weight * shifted
-            total += block_total
-            moment += block_moment
+            total += float(block_total)
+            moment += float(block_moment)
         token = following[i]
         value, before = row[token], np.int32(0)
         part = row[:token]

@@ -23,6 +23,7 @@ which it is false. An edited site no longer equals what it is computed from, so 
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -386,6 +387,9 @@ def _largest(values: Array) -> float:
     return float("inf") if np.isnan(top) else top
 
 
+@functools.lru_cache(64)
 def _sample(n: int, most: int = SAMPLED_ROWS) -> NDArray[np.int64]:
     """At most `most` of n places, evenly spread, first and last among them."""
-    return np.unique(np.linspace(0, n - 1, min(n, most)).astype(np.int64))
+    places = np.unique(np.linspace(0, n - 1, min(n, most)).astype(np.int64))
+    places.flags.writeable = False  # every caller gets this one
+    return places

@@ -194,7 +194,7 @@ class HfEngine:
             if tokens is None:
                 logits = [unembed.forward(norm.forward(piece[None]))[0] for piece in pieces]
             else:
-                chosen = torch.from_numpy(tokens).to(self.device)
+                chosen = torch.from_numpy(tokens.copy()).to(self.device)
                 bias = None if unembed.bias is None else unembed.bias[chosen]
                 logits = [torch.nn.functional.linear(norm.forward(piece[None])[0], unembed.weight[chosen], bias) for piece in pieces]
             ended = [to_numpy(finished(self._row, self._model.config, piece)) for piece in logits]

@@ -11,7 +11,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 from backend.analysis import attention as attention_analysis
 from backend.analysis import logits as logits_analysis
 from backend.analysis.identities import HELD, Identities, measured, tolerances
+from backend.compute.halves import in_halves
 from backend.engines import Engine, Piece, Request, Sampling, ShouldStop, never_stop
 from backend.engines.native import NativePiece
 from backend.engines.threads import trim_heap
@@ -38,8 +38,7 @@ from backend.sites import ALL_SITES, NATIVE, SITES, STANDARD_SITES, resolve_site
 from backend.tracefile.trace_writer import TraceWriter
 
 TOP_K = 20
-_SUMMARY_ROWS = 32  # positions whose logits are summarised at once
-_LAYERS_UNTRIMMED = 16
+_LAYERS_UNTRIMMED = 16  # trimming after each fourth took a tenth of a run of 16 layers, for pages that the next layer wants again
 THUMBNAIL_SIZE = 48
 # Free disk left untouched by a capture, on top of the trace's own estimated size.
 DISK_RESERVE = 256 << 20
@@ -209,16 +208,16 @@ class _Run:
 
 
 def summaries(logits: NDArray[np.float32], start: int, ids: list[int]) -> list[dict[str, NDArray[Any]]]:
-    """`logits.summary` of the positions from `start` on, in blocks of rows, on both cores: nothing else runs any more at the end of a prompt."""
+    """`logits.summary` of the positions from `start` on, in two halves: nothing else runs any more at the end of a prompt."""
     following = np.asarray([*ids[start + 1 : start + 1 + len(logits)], 0][: len(logits)])
-    blocks = [slice(i, i + _SUMMARY_ROWS) for i in range(0, len(logits), _SUMMARY_ROWS)]
+    found: dict[int, dict[str, NDArray[Any]]] = {}
 
     @_quiet()
-    def of(rows: slice) -> dict[str, NDArray[Any]]:
-        return logits_analysis.summary(logits[rows], following[rows], TOP_K)
+    def of(rows: slice) -> None:
+        found[rows.start] = logits_analysis.summary(logits[rows], following[rows], TOP_K)
 
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(of, blocks))
+    in_halves(of, len(logits))
+    return [found[first] for first in sorted(found)]
 
 
 def _wants_lens(engine: Engine, spec: CaptureSpec, request: Request, n_tokens: int) -> bool:

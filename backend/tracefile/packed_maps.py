@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from backend.compute.flat_maps import flat_maps
+
 PACKED_TOKENS = 512  # prompts that are longer have maps in tiles, of which those after the diagonal are absent
 
 
@@ -21,11 +23,16 @@ def n_cells(n_tokens: int) -> int:
 def pack(values: NDArray[Any], fill: float, causal: bool | None = None) -> NDArray[Any] | None:
     """The cells of maps (head, n, n) up to the diagonal, (head, n_cells(n)); None where one after it is not `fill`. `causal`: whether that is so, if known."""
     n_heads, n, _ = values.shape
-    flat = np.ascontiguousarray(values).reshape(n_heads, n * n)
-    kept, hidden = _places(n)
     if causal is None:
-        causal = bool((np.take(flat, hidden, axis=1, mode="clip") == fill).all())
-    return np.take(flat, kept, axis=1, mode="clip") if causal else None  # "clip" spares a check of every place
+        flat = np.ascontiguousarray(values).reshape(n_heads, n * n)
+        causal = bool((np.take(flat, _places(n)[1], axis=1, mode="clip") == fill).all())  # "clip" spares a check of every place
+    if not causal:
+        return None
+    from backend.tracefile import compiled_bytes
+
+    cells = np.empty((n_heads, n_cells(n)), np.float32)
+    compiled_bytes.lower_triangles(*flat_maps(values), n, cells)
+    return cells
 
 
 def unpack(cells: NDArray[Any], n_tokens: int, fill: float) -> NDArray[Any]:

@@ -35,7 +35,8 @@ FILTERS: Mapping[str, Any] = {"shuffle": True, **hdf5plugin.Zstd(clevel=_LEVEL)}
 
 _READERS = 2  # threads that read a file back
 _GROUP = 2  # chunks that a thread takes at a time
-_BATCH = 4 << 20  # bytes of chunks that are encoded together: enough that threads are worth waking
+_MUCH_LEFT = 2  # groups
+_BATCH = 8 << 20  # bytes of chunks that are encoded together: enough that threads are worth waking
 
 Offset = tuple[int, ...]
 Written = dict[str, dict[Offset, int]]  # path of a dataset -> place of a chunk in it -> XXH3 of the chunk's bytes in the file
@@ -102,13 +103,16 @@ def _parameters() -> zstandard.ZstdCompressionParameters:
 
 
 def _shuffled(values: NDArray[Any]) -> NDArray[np.uint8]:
-    """First bytes of all values, then all second bytes, ...: HDF5's shuffle filter, little-endian."""
+    """First bytes of all values, then all second bytes, ...: HDF5's shuffle filter, little-endian. What is returned is written over by the thread's next call."""
     size = values.dtype.itemsize
-    if size == 2:  # twice as fast as the transposition below, and what nearly all chunks are
+    if size == 2:  # what nearly all chunks are
+        from backend.tracefile import compiled_bytes
+
         words = values.reshape(-1).view(np.uint16)
-        planes = np.empty((2, words.size), np.uint8)
-        np.copyto(planes[0], words, casting="unsafe")
-        np.copyto(planes[1], words >> 8, casting="unsafe")
+        if len(getattr(_local, "planes", ())) < values.nbytes:
+            _local.planes = np.empty(values.nbytes, np.uint8)
+        planes = _local.planes[: values.nbytes]
+        compiled_bytes.shuffle_halves(words, planes)
         return planes
     return np.ascontiguousarray(values.reshape(-1).view(np.uint8).reshape(-1, size).T)
 
@@ -156,13 +160,15 @@ class Encoder:
         groups = [batch[at : at + _GROUP] for at in range(0, len(batch), _GROUP)]
         others = [self._pool.submit(_encode_all, group) for group in groups]
         mine: dict[int, list[tuple[bytes, int]]] = {}
-        for at, group in enumerate(groups):
-            while at not in mine and not others[at].done():  # until it is there, take over what nobody has begun, from the end
-                free = next((i for i in reversed(range(at, len(groups))) if others[i].cancel() and i not in mine), None)
-                if free is None:
-                    break
-                mine[free] = _encode_all(groups[free])
-            encoded = mine[at] if at in mine else others[at].result()
+        last = len(groups) - 1
+        for at, (group, other) in enumerate(zip(groups, others, strict=True)):
+            for path, _, _ in group:
+                self._dataset(path)
+            # The caller has the writing to do. Only where the others have much left does it take over what nobody has begun, from the end.
+            while at not in mine and not other.done() and last - at >= _MUCH_LEFT and others[last].cancel():
+                mine[last] = _encode_all(groups[last])
+                last -= 1
+            encoded = mine[at] if at in mine else other.result()
             for (path, offset, _), (data, checksum) in zip(group, encoded, strict=True):
                 self._dataset(path).id.write_direct_chunk(offset, data)
                 self.written.setdefault(path, {})[offset] = checksum

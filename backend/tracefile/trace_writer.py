@@ -30,8 +30,8 @@ from backend.tracefile.packed_maps import PACKED_TOKENS, n_cells, pack
 from backend.tracefile.trace_chunks import FILTERS, Encoder, create, tiles, verify
 from backend.tracefile.trace_layout import FORMAT, NATIVE_GROUP, PACKED, PART_SUFFIX, SUFFIX, VERSION, check_id, chunk_shape, new_id, site_path, write_json
 
-# Small arrays are left to HDF5 and its own checksum.
-_SMALL = {"fletcher32": True, **FILTERS}
+# Native tensors are left to HDF5 and its own checksum.
+_NATIVE = {"fletcher32": True, **FILTERS}
 _ENCODERS = 4  # threads that encode
 _NEGATIVE_INFINITY_SITES = ("attn_scores",)
 
@@ -189,7 +189,7 @@ class TraceWriter:
     def native(self, piece: NativePiece) -> None:
         """Store a whole native tensor, as computed."""
         group = self._file.require_group(NATIVE_GROUP)
-        filters = {"chunks": True, **_SMALL} if piece.values.size and piece.values.ndim else {}
+        filters = {"chunks": True, **_NATIVE} if piece.values.size and piece.values.ndim else {}
         if filters:
             self._through_hdf5.add(f"{NATIVE_GROUP}/{len(group):03d}")
         dataset = group.create_dataset(f"{len(group):03d}", data=piece.values, **filters)
@@ -218,8 +218,7 @@ class TraceWriter:
     def logits(self, summary: dict[str, NDArray[Any]]) -> None:
         """top_ids, top_logprobs (pos, k); logsumexp, next_logprobs, next_ranks, entropy (pos,)."""
         for name, values in summary.items():
-            self._through_hdf5.add(f"logits/{name}")
-            self._file.create_dataset(f"logits/{name}", data=values, fletcher32=True, chunks=values.shape)
+            self._whole(f"logits/{name}", values, {})
 
     def vocabulary(self, texts: dict[int, str]) -> None:
         """Texts of the token ids that occur in the tokens, the top-k lists and the results."""
@@ -230,11 +229,17 @@ class TraceWriter:
 
     def result(self, name: str, values: NDArray[Any], dims: tuple[str, ...], **labels: Any) -> None:
         """An array that an experiment computed, with its axis names and labels."""
-        if values.size:
-            self._through_hdf5.add(f"results/{name}")
-        dataset = self._file.create_dataset(f"results/{name}", data=values, chunks=values.shape if values.size else None, **(_SMALL if values.size else {}))
-        dataset.attrs["dims"] = dims
-        dataset.attrs["labels"] = json.dumps({"dims": list(dims), **labels})
+        self._whole(f"results/{name}", values, {"dims": dims, "labels": json.dumps({"dims": list(dims), **labels})})
+
+    def _whole(self, path: str, values: NDArray[Any], attrs: dict[str, str | tuple[str, ...]]) -> None:
+        """A dataset of one chunk, whose values nobody changes any more."""
+        if not values.size:
+            self._file.create_dataset(path, data=values).attrs.update(attrs)
+            return
+        self._plans[path] = (path, values.shape, values.dtype, values.shape, 0, attrs)
+        self._complete.add(path)
+        self._encoder.put(path, (0,) * values.ndim, np.ascontiguousarray(values))
+        self._encoder.settle()
 
     def publish(self, *, engine_version: str, category: str = "", tags: tuple[str, ...] = (), **metadata: Any) -> Path:
         """Write the metadata, close, verify and rename; the path of the finished trace.

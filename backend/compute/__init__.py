@@ -1,0 +1,1 @@
+"""How arrays are gone through fast: compiled loops, and two threads at once."""
