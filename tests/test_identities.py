@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from backend.analysis.identities import Identities, measured, relative_error, sum_error, tolerances
+from backend.analysis.identities import HeldCopies, Identities, measured, relative_error, sum_error, tolerances
 from backend.model_info import ModelInfo
 
 N_LAYERS, N_HEADS, D_HEAD, D_MODEL, D_VOCAB, EXPERTS, CHOSEN, N_TOKENS = 3, 2, 4, 8, 20, 4, 2, 7
@@ -255,15 +255,25 @@ def test_the_error_of_a_sum_without_a_copy_is_that_of_the_sum(spoilt, which):
     assert sum_error(a, b, a + b) == (0 if spoilt is None or which == 2 or spoilt == 1e30 else np.inf)
 
 
-@pytest.mark.parametrize("copy", [False, True])
-def test_values_are_measured_and_copied_in_one_pass(copy):
+@pytest.mark.parametrize("copies", [None, HeldCopies()])
+def test_values_are_measured_and_copied_in_one_pass(copies):
+    copy_to = copies and copies.of("z", 0)
     values = np.random.default_rng(0).normal(size=(5, 7)).astype(np.float32)
     values[2, 3] = -40
-    kept, largest = measured(values, copy)
+    kept, largest = measured(values, copy_to)
     np.testing.assert_array_equal(kept, values)
-    assert largest == 40 and np.shares_memory(kept, values) is not copy
+    assert largest == 40 and np.shares_memory(kept, values) is (copies is None)
     for spoilt in (np.nan, np.inf, -np.inf):
         values[4, 6] = spoilt
-        assert measured(values, copy)[1] == np.inf
-    assert measured(values[:, ::2], copy)[1] is None and measured(np.ones((2, 2), np.int32), copy)[1] is None
-    assert measured(np.zeros((0, 4), np.float32), copy)[1] == 0
+        assert measured(values, copy_to)[1] == np.inf
+    columns, whole = measured(values[:, ::2], copy_to), measured(np.ones((2, 2), np.int32), copy_to)
+    assert columns[1] is None and whole[1] is None and np.shares_memory(columns[0], values) is (copies is None)
+    assert measured(np.zeros((0, 4), np.float32), copy_to)[1] == 0
+
+
+def test_a_layer_writes_over_the_copies_of_the_last_but_not_over_the_stream_it_adds_to():
+    copies = HeldCopies()
+    layers = [{site: measured(np.full((2, 3), layer + 1, np.float32), copies.of(site, layer))[0] for site in ("z", "resid_post")} for layer in range(3)]
+    assert (layers[0]["z"] == 3).all() and (layers[1]["resid_post"] == 2).all() and (layers[2]["resid_post"] == 3).all()
+    longer, _ = measured(np.zeros((4, 3), np.float32), copies.of("z", 3))
+    assert longer.shape == (4, 3) and (layers[2]["z"] == 3).all()

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from backend.analysis import attention as attention_analysis
 from backend.analysis import logits as logits_analysis
-from backend.analysis.identities import HELD, Identities, measured, tolerances
+from backend.analysis.identities import HELD, HeldCopies, Identities, measured, tolerances
 from backend.compute.halves import in_halves
 from backend.engines import Engine, Piece, Request, Sampling, ShouldStop, never_stop
 from backend.engines.native import NativePiece
@@ -141,6 +141,7 @@ class _Run:
         self.identities = Identities(engine.info, weight=_weight_or_none(engine), unembed=None if "unembed" in engine.unchecked else engine.unembed,
                                      edited=edits_by_place(edits), limits=tolerances(engine.info.engine, engine.compute), unchecked=engine.unchecked,
                                      shared=layers_with_shared_expert(engine))  # fmt: skip
+        self._copies = HeldCopies()
         self.n_layers, self._n_heads = engine.info.n_layers, engine.info.n_heads
         self._heads: dict[int, list[int]] = {}  # of each layer, those whose maps are kept
         self._means: dict[int, attention_analysis.RowMeans] = {}
@@ -163,7 +164,7 @@ class _Run:
         largest = None
         if read is None:
             copy = piece.site in HELD and not piece.owned
-            values, largest = measured(piece.values, copy)
+            values, largest = measured(piece.values, self._copies.of(piece.site, piece.layer) if copy else None)
             piece = replace(piece, values=values, owned=True) if copy else piece
         self.identities.add(piece.site, piece.layer, piece.values, piece.start, read, largest)
         if piece.site == "logits":
