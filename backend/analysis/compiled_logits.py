@@ -94,7 +94,17 @@ def read_rows(logits: NDArray[Any], following: NDArray[Any], groups: int, top_id
         scalars[i, 0], scalars[i, 1], scalars[i, 2] = log_sum, log_total - moment / total, value - log_sum
         ranks[i] = before
         # The k best so far, best first; an equal one comes after those before it only if its id is larger.
-        threshold = np.sort(maxima)[groups - k] if groups else np.float32(-np.inf)
+        threshold = np.float32(-np.inf)
+        if groups:
+            best[:] = -np.inf
+            for a in maxima:
+                if a > best[k - 1]:
+                    at = k - 1
+                    while at > 0 and best[at - 1] < a:
+                        best[at] = best[at - 1]
+                        at -= 1
+                    best[at] = a
+            threshold = best[k - 1]
         n_best = 0
         for group in range(groups + 1):
             if group < groups:

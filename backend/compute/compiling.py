@@ -1,7 +1,7 @@
 """How loops over values are compiled, by Numba, for what NumPy would go over several times.
 
-Importing this module takes half a second, for Numba, so that modules with such loops are imported at first use. Compiling takes another second
-or two, once: the code is kept beside the module, or in the user's cache folder where that cannot be written.
+Importing this module takes half a second, for Numba, so that modules with such loops are imported at first use. Compiling takes some seconds
+for all of them, once: the code is kept beside the module, or in the user's cache folder where that cannot be written.
 """
 
 from __future__ import annotations
