@@ -33,6 +33,7 @@ class WrittenStep:
     entropy: float
     alternatives: tuple[tuple[int, str, float], ...]  # the most probable tokens, best first: id, text, probability
     resid_norms: tuple[float, ...]  # of resid_post a layer, at the position that the token was chosen at; NaN where unknown
+    special: bool = False  # whether it marks a beginning or an end
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> WrittenStep:
@@ -44,6 +45,7 @@ class LiveState:
     """What a record holds now: texts of the prompt's tokens (None until the model is loaded), and the steps."""
 
     prompt: tuple[str, ...] | None = None
+    special: frozenset[int] = frozenset()  # positions of the prompt's tokens that mark a beginning or an end
     steps: tuple[WrittenStep, ...] = ()
     full: bool = False  # the record reached its limit; later steps are in the trace alone
 
@@ -55,8 +57,8 @@ class LiveWriter:
         self._file: BinaryIO = open(path, "wb", buffering=0)  # a line is one write
         self._size, self._full = 0, False
 
-    def prompt(self, texts: Sequence[str]) -> None:
-        self._append({"prompt": list(texts)})
+    def prompt(self, texts: Sequence[str], special: Sequence[int] = ()) -> None:
+        self._append({"prompt": list(texts), "special_positions": list(special)})
 
     def step(self, step: WrittenStep) -> None:
         self._append(asdict(step))
@@ -99,9 +101,10 @@ class LiveRecords:
         except FileNotFoundError:
             return LiveState()
         found = [json.loads(line) for line in lines]
-        prompts = [tuple(data["prompt"]) for data in found if "prompt" in data]
+        prompts = [(tuple(data["prompt"]), frozenset(data.get("special_positions", ()))) for data in found if "prompt" in data]
         steps = tuple(WrittenStep.from_json(data) for data in found if "token" in data)
-        return LiveState(prompts[0] if prompts else None, steps, full=any("full" in data for data in found))
+        texts, special = prompts[0] if prompts else (None, frozenset[int]())
+        return LiveState(texts, special, steps, full=any("full" in data for data in found))
 
     def size(self, job_id: str) -> int:
         """Bytes of the record: whether there is anything new."""

@@ -100,7 +100,8 @@ def _trace_ids(batch: Batch, scope: str, category: str | None) -> list[str]:
           Input("agg-scope", "value"), Input("batch-stand", "data"), State("agg-a", "value"), State("agg-b", "value"), State("batch-id", "data"))  # fmt: skip
 def offer_categories(scope: str, _: Any, a: str | None, b: str | None, batch_id: str):
     names = _categories(services().batches.get(batch_id), scope)
-    return names, names, a if a in names else None, b if b in names else None
+    # A choice that stays is not sent back: the answer may come after the next choice was made.
+    return names, names, *(no_update if value is None or value in names else None for value in (a, b))
 
 
 @callback(

@@ -40,8 +40,8 @@ class Steps:
     def of_record(cls, state: LiveState) -> Steps:
         steps = state.steps
         return cls(
-            prompt=token_labels(list(state.prompt or ())),
-            labels=[token_label(step.text) for step in steps],
+            prompt=token_labels(list(state.prompt or ()), set(state.special)),
+            labels=[token_label(step.text, step.special) for step in steps],
             probability=np.array([step.probability for step in steps]),
             entropy=np.array([step.entropy for step in steps]),
             alternatives=[[(token_label(text, max_length=24), p) for _, text, p in step.alternatives[:_ALTERNATIVES]] for step in steps],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,9 @@ from backend.experiments import generation as generation_module
 from backend.experiments.capture import CaptureSpec, capture
 from backend.experiments.generation import TextStream, generate_job
 from backend.library import Library
-from backend.live import KEPT, LiveRecords, WrittenStep
+from backend.live import KEPT, LiveRecords, LiveState, WrittenStep
 from backend.trace import open_trace
+from components.generation_steps import Steps
 from tests.test_cli import run  # noqa: F401  the fixture
 from tests.tiny_models import TinyModel
 
@@ -40,8 +42,8 @@ class Ear:
     def __init__(self, most: int = 10**6) -> None:
         self.most, self.prompt, self.steps = most, [], []
 
-    def begin(self, prompt: Sequence[str]) -> None:
-        self.prompt = list(prompt)
+    def begin(self, prompt: Sequence[str], special: Sequence[int]) -> None:
+        self.prompt, self.special = list(prompt), list(special)
 
     def written(self, step: WrittenStep) -> None:
         self.steps.append(step)
@@ -54,7 +56,8 @@ def test_what_is_told_of_each_step_is_what_the_trace_holds(engine: Engine, tmp_p
     ear = Ear()
     with open_trace(capture(engine, CaptureSpec(PROMPT, max_new_tokens=12, sampling=SAMPLED), tmp_path, listener=ear)) as trace:
         at = slice(trace.n_prompt - 1, trace.n_tokens - 1)
-        assert ear.prompt == trace.token_texts[: trace.n_prompt]
+        assert ear.prompt == trace.token_texts[: trace.n_prompt] and ear.special == [0]
+        assert {trace.n_prompt + at for at, step in enumerate(ear.steps) if step.special} == trace.special - {0}
         assert [step.token for step in ear.steps] == trace.token_ids[trace.n_prompt :]
         assert [step.text for step in ear.steps] == trace.token_texts[trace.n_prompt :]
         np.testing.assert_allclose([step.probability for step in ear.steps], np.exp(trace.next_logprobs[at]), rtol=2e-3)
@@ -156,7 +159,7 @@ def test_a_reader_takes_whole_lines_only(tmp_path: Path) -> None:
     records = LiveRecords(tmp_path)
     with records.begin(JOB) as writer:
         assert records.read(JOB).prompt is None and records.read(JOB).steps == ()
-        writer.prompt(["<s>", " é"])
+        writer.prompt(["<s>", " é"], [0])
         writer.step(step(1))
         whole = (tmp_path / "live" / f"{JOB}.jsonl").read_bytes()
         writer.step(step(2))
@@ -167,7 +170,7 @@ def test_a_reader_takes_whole_lines_only(tmp_path: Path) -> None:
         assert [found.token for found in records.read(JOB).steps] == [1]
     path.write_bytes(data)
     state = records.read(JOB)
-    assert state.prompt == ("<s>", " é") and [found.token for found in state.steps] == [1, 2]
+    assert state.prompt == ("<s>", " é") and state.special == {0} and [found.token for found in state.steps] == [1, 2]
     assert state.steps[0].alternatives == ((1, "a", 0.5),) and np.isnan(state.steps[0].resid_norms[1])
 
 
@@ -205,7 +208,7 @@ def test_the_command_streams_a_json_object_a_step_and_keeps_the_trace(run, tiny_
     options = ("-m", str(tiny_llama.hf), "-p", "Hello", "-n", "5", "--temperature", "1.5", "--seed", "3")
     code, out, _ = run("generate", *options, "--stream", "--json")
     *steps, last = [json.loads(line) for line in out.splitlines()]
-    assert code == 0 and len(steps) == 5 and {"token", "text", "probability", "sampler_probability", "entropy", "alternatives", "resid_norms"} == set(steps[0])
+    assert code == 0 and len(steps) == 5 and {"token", "text", "probability", "sampler_probability", "entropy", "alternatives", "resid_norms", "special"} == set(steps[0])
     shown = json.loads(run("show", last["trace_id"], "--json")[1])
     assert shown["token_ids"][shown["n_prompt"] :] == [item["token"] for item in steps]
     again = json.loads(run("generate", *options, "--json")[1])
@@ -221,3 +224,8 @@ def test_the_command_streams_a_json_object_a_step_and_keeps_the_trace(run, tiny_
 def test_what_cannot_be_written_is_one_sentence(run, tiny_llama: TinyModel, words: tuple[str, ...], sentence: str) -> None:  # noqa: F811
     code, out, err = run("generate", "-m", str(tiny_llama.hf), "-p", "Hello", *words)
     assert code == 2 and out == "" and sentence in err.strip().splitlines()[-1]
+
+
+def test_a_token_that_marks_an_end_is_written_as_one_while_it_is_live() -> None:
+    shown = Steps.of_record(LiveState(("<s>", "a"), frozenset({0}), (step(1), replace(step(2), text="<s>", special=True), replace(step(3), text="<s>"))))
+    assert shown.prompt == ["‹s›", "a"] and shown.labels[1:] == ["‹s›", "<s>"]

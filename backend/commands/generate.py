@@ -78,7 +78,7 @@ class _Printer:
         self.steps: list[Any] = []
         self._enough = False
 
-    def begin(self, prompt: Sequence[str]) -> None:
+    def begin(self, prompt: Sequence[str], special: Sequence[int]) -> None:
         """The prompt is known to who typed it."""
 
     def written(self, step: Any) -> None:

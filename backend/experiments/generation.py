@@ -24,8 +24,8 @@ ALTERNATIVES = 10
 class Listener(Protocol):
     """Who follows a generation."""
 
-    def begin(self, prompt: Sequence[str]) -> None:
-        """Texts of the prompt's tokens, before the first is written."""
+    def begin(self, prompt: Sequence[str], special: Sequence[int]) -> None:
+        """Texts of the prompt's tokens, before the first is written; `special`: positions of those that mark a beginning or an end."""
 
     def written(self, step: WrittenStep) -> None: ...
 
@@ -54,7 +54,7 @@ def write_tokens(engine: Engine, prompt_ids: list[int], n: int, sampling: Sampli
         return should_stop() or (listener is not None and listener.enough())
 
     if listener is not None:
-        listener.begin(engine.token_texts(prompt_ids))
+        listener.begin(engine.token_texts(prompt_ids), [at for at, token in enumerate(prompt_ids) if _is_special(engine, token)])
     progress("generating", 0, n)
     try:
         engine.generate(prompt_ids, n, sampling, on_step, edits, stop_or_enough)
@@ -73,6 +73,7 @@ def described(engine: Engine, step: Step) -> WrittenStep:
     text, *texts = engine.token_texts([step.token, *ids])
     return WrittenStep(
         token=step.token,
+        special=_is_special(engine, step.token),
         text=text,
         probability=_short(np.exp(found["next_logprobs"][0])),
         sampler_probability=_short(step.sampler_probability),
@@ -80,6 +81,10 @@ def described(engine: Engine, step: Step) -> WrittenStep:
         alternatives=tuple((i, name, _short(p)) for i, name, p in zip(ids, texts, probabilities, strict=True)),
         resid_norms=tuple(_short(norm) for norm in step.resid_norms),
     )
+
+
+def _is_special(engine: Engine, token: int) -> bool:
+    return token in (engine.info.bos_id, engine.info.eos_id)
 
 
 def _short(value: Any) -> float:
@@ -124,8 +129,8 @@ class JobListener:
         self._records, self._job_id, self._writer = records, job_id, writer
         self.sampler_probability: list[float] = []
 
-    def begin(self, prompt: Sequence[str]) -> None:
-        self._writer.prompt(prompt)
+    def begin(self, prompt: Sequence[str], special: Sequence[int]) -> None:
+        self._writer.prompt(prompt, special)
 
     def written(self, step: WrittenStep) -> None:
         self.sampler_probability.append(step.sampler_probability)

@@ -77,6 +77,7 @@ def test_a_file_becomes_traces_and_their_aggregates(server, tiny_mistral, open_p
         assert float(cells[5].replace(",", "")) == pytest.approx(np.exp(-trace.next_logprobs[:-1].mean()), rel=1e-3)
     assert "more than the 1,024 of the context" in rows.nth(4).inner_text()
 
+    page.wait_for_function("() => window.dash_component_api.getLayout('agg-a')?.props.options.length === 2")  # a menu takes only what it offers
     page.evaluate("() => { for (const [id, value] of [['agg-a', 'geo'], ['agg-b', 'names'], ['agg-metric', 'sink']]) window.dash_clientside.set_props(id, { value }); }")
     wait_for_heads(page, "First token, geo − names")
     means = [np.mean([trace.result("attn_sink") for trace in traces_of(batch_id, server[1], category)], axis=0) for category in ("geo", "names")]
