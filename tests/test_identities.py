@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from backend.analysis.identities import HeldCopies, Identities, measured, relative_error, sum_error, tolerances
+from backend.analysis.held_copies import HeldCopies, measured
+from backend.analysis.identities import Identities, relative_error, sum_error, tolerances
 from backend.model_info import ModelInfo
 
 N_LAYERS, N_HEADS, D_HEAD, D_MODEL, D_VOCAB, EXPERTS, CHOSEN, N_TOKENS = 3, 2, 4, 8, 20, 4, 2, 7

@@ -37,6 +37,90 @@ def _exp(x: Any) -> Any:
     return y * np.int32((n + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
+@numba.njit(fastmath=FAST, error_model="numpy")
+def _largest(row: NDArray[Any], groups: int, maxima: NDArray[Any]) -> tuple[np.float32, bool]:
+    """The largest logit, and whether any is NaN; the groups' maxima go into `maxima`."""
+    n_grouped = len(row) // groups * groups if groups else 0
+    maxima[:] = -np.inf
+    missing = np.int32(0)
+    for begin in range(0, n_grouped, max(groups, 1)):
+        part = row[begin : begin + groups]
+        for j in range(groups):
+            a = part[j]
+            missing |= np.int32(a != a)
+            maxima[j] = a if a > maxima[j] else maxima[j]
+    top = np.float32(-np.inf)
+    for j in range(groups):
+        top = max(top, maxima[j])
+    for j in range(n_grouped, len(row)):
+        missing |= np.int32(row[j] != row[j])
+        top = max(top, row[j])
+    return top, missing != 0
+
+
+@numba.njit(fastmath=FAST, error_model="numpy")
+def _sums(row: NDArray[Any], top: np.float32) -> tuple[float, float]:
+    """sum w and sum w x over the row, x = logit - top and w = e^x."""
+    total, moment = 0.0, 0.0
+    for begin in range(0, len(row), _BLOCK):
+        block_total, block_moment = np.float32(0), np.float32(0)
+        part = row[begin : begin + _BLOCK]
+        for j in range(len(part)):
+            shifted = part[j] - top
+            shifted = shifted if shifted > _LEAST else _LEAST
+            weight = _exp(shifted)
+            block_total += weight
+            block_moment += weight * shifted
+        total += float(block_total)
+        moment += float(block_moment)
+    return total, moment
+
+
+@numba.njit(fastmath=FAST, error_model="numpy")
+def _rank(row: NDArray[Any], token: int) -> np.int32:
+    """How many tokens stand before `token`: larger logits, and equal ones with a smaller id."""
+    value, before = row[token], np.int32(0)
+    part = row[:token]
+    for j in range(len(part)):
+        before += np.int32(part[j] >= value)
+    part = row[token:]
+    for j in range(len(part)):
+        before += np.int32(part[j] > value)
+    return before
+
+
+@numba.njit(fastmath=FAST, error_model="numpy")
+def _best(row: NDArray[Any], groups: int, maxima: NDArray[Any], best: NDArray[Any], ids: NDArray[Any]) -> None:
+    """The largest logits, best first and equal ones in the order of their ids, into `best` and `ids`, both (k,)."""
+    k = len(best)
+    threshold = np.float32(-np.inf)
+    if groups:
+        best[:] = -np.inf
+        for a in maxima:
+            if a > best[k - 1]:
+                at = k - 1
+                while at > 0 and best[at - 1] < a:
+                    best[at] = best[at - 1]
+                    at -= 1
+                best[at] = a
+        threshold = best[k - 1]
+    n_grouped, n_best = len(row) // groups * groups if groups else 0, 0
+    for group in range(groups + 1):  # the last one is of the columns that no group has
+        if group < groups and maxima[group] < threshold:
+            continue
+        begin, end, step = (group, n_grouped, groups) if group < groups else (n_grouped, len(row), 1)
+        for j in range(begin, end, step):
+            a = row[j]
+            if a < threshold or (n_best == k and (a < best[k - 1] or (a == best[k - 1] and j > ids[k - 1]))):
+                continue
+            n_best = min(n_best + 1, k)
+            at = n_best - 1
+            while at > 0 and (best[at - 1] < a or (best[at - 1] == a and ids[at - 1] > j)):
+                best[at], ids[at] = best[at - 1], ids[at - 1]
+                at -= 1
+            best[at], ids[at] = a, j
+
+
 @compiled(fastmath=FAST, error_model="numpy")
 def read_rows(logits: NDArray[Any], following: NDArray[Any], groups: int, top_ids: NDArray[Any], top_logprobs: NDArray[Any], scalars: NDArray[Any],
               ranks: NDArray[Any], odd: NDArray[Any]) -> None:  # fmt: skip
@@ -46,82 +130,18 @@ def read_rows(logits: NDArray[Any], following: NDArray[Any], groups: int, top_id
     odd: (pos,) bool, rows of which the rest says nothing. groups: at least k, of every `groups`-th column each, or 0: k values are
     no smaller than the k-th largest of the groups' maxima, so that few columns need to be compared with each other.
     """
-    n, d_vocab = logits.shape
-    k = top_ids.shape[1]
-    n_grouped = d_vocab // groups * groups if groups else 0
-    maxima, best = np.empty(groups, np.float32), np.empty(k, np.float32)
-    for i in range(n):
-        row = logits[i]
-        maxima[:] = -np.inf
-        missing = np.int32(0)
-        for begin in range(0, n_grouped, max(groups, 1)):
-            part = row[begin : begin + groups]
-            for j in range(groups):
-                a = part[j]
-                missing |= np.int32(a != a)
-                maxima[j] = a if a > maxima[j] else maxima[j]
-        top = np.float32(-np.inf)
-        for j in range(groups):
-            top = max(top, maxima[j])
-        for j in range(n_grouped, d_vocab):
-            missing |= np.int32(row[j] != row[j])
-            top = max(top, row[j])
-        odd[i] = missing != 0 or not np.isfinite(top)
+    maxima, best = np.empty(groups, np.float32), np.empty(top_ids.shape[1], np.float32)
+    for i in range(len(logits)):
+        row, token = logits[i], following[i]
+        top, missing = _largest(row, groups, maxima)
+        odd[i] = missing or not np.isfinite(top)
         if odd[i]:
             continue
-        total, moment = 0.0, 0.0
-        for begin in range(0, d_vocab, _BLOCK):
-            block_total, block_moment = np.float32(0), np.float32(0)
-            part = row[begin : begin + _BLOCK]
-            for j in range(len(part)):
-                shifted = part[j] - top
-                shifted = shifted if shifted > _LEAST else _LEAST
-                weight = _exp(shifted)
-                block_total += weight
-                block_moment += weight * shifted
-            total += float(block_total)
-            moment += float(block_moment)
-        token = following[i]
-        value, before = row[token], np.int32(0)
-        part = row[:token]
-        for j in range(len(part)):
-            before += np.int32(part[j] >= value)
-        part = row[token:]
-        for j in range(len(part)):
-            before += np.int32(part[j] > value)
+        total, moment = _sums(row, top)
         log_total = np.log(total)
         log_sum = top + log_total
-        scalars[i, 0], scalars[i, 1], scalars[i, 2] = log_sum, log_total - moment / total, value - log_sum
-        ranks[i] = before
-        # The k best so far, best first; an equal one comes after those before it only if its id is larger.
-        threshold = np.float32(-np.inf)
-        if groups:
-            best[:] = -np.inf
-            for a in maxima:
-                if a > best[k - 1]:
-                    at = k - 1
-                    while at > 0 and best[at - 1] < a:
-                        best[at] = best[at - 1]
-                        at -= 1
-                    best[at] = a
-            threshold = best[k - 1]
-        n_best = 0
-        for group in range(groups + 1):
-            if group < groups:
-                if maxima[group] < threshold:
-                    continue
-                begin, end, step = group, n_grouped, groups
-            else:
-                begin, end, step = n_grouped, d_vocab, 1
-            for j in range(begin, end, step):
-                a = row[j]
-                if a < threshold or (n_best == k and (a < best[k - 1] or (a == best[k - 1] and j > top_ids[i, k - 1]))):
-                    continue
-                n_best = min(n_best + 1, k)
-                at = n_best - 1
-                while at > 0 and (best[at - 1] < a or (best[at - 1] == a and top_ids[i, at - 1] > j)):
-                    best[at], top_ids[i, at] = best[at - 1], top_ids[i, at - 1]
-                    at -= 1
-                best[at], top_ids[i, at] = a, j
-        for at in range(k):
+        scalars[i, 0], scalars[i, 1], scalars[i, 2] = log_sum, log_total - moment / total, row[token] - log_sum
+        ranks[i] = _rank(row, token)
+        _best(row, groups, maxima, best, top_ids[i])
+        for at in range(len(best)):
             top_logprobs[i, at] = best[at] - log_sum

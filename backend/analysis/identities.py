@@ -147,7 +147,7 @@ class Identities:
         """Take one piece (positions `start` on, in the site's dims) and check every identity that it completes.
 
         The values of `HELD` sites are kept while their layer is at hand, not copied: the caller does not change them afterwards.
-        read: what `attention.read_pattern` said of an attn_pattern, where it has been asked. largest: what `measured` said of other values.
+        read: what `attention.read_pattern` said of an attn_pattern, where it has been asked. largest: what `held_copies.measured` said of other values.
         """
         self._seen.add(site)
         if site == "attn_pattern":
@@ -360,44 +360,6 @@ def sum_error(a: Array, b: Array, total: Array) -> float:
 
     difference, size = compiled.sum_error(a.reshape(-1), b.reshape(-1), total.reshape(-1))
     return _share(*(float("inf") if np.isnan(value) else float(value) for value in (difference, size)))
-
-
-def measured(values: Array, copy_to: Callable[[int], Array] | None = None) -> tuple[Array, float | None]:
-    """`values`, or a copy of them, and their largest |x| if they are float32 in one piece, infinite where any is NaN; one pass for both.
-
-    copy_to: size -> flat float32 memory for the copy of such values; None: no copy.
-    """
-    if values.dtype != np.float32 or not values.flags.c_contiguous:
-        return (np.array(values, order="C") if copy_to else values), None
-    from backend.analysis import compiled
-
-    if copy_to is None:
-        kept, top = values, compiled.largest(values.reshape(-1))
-    else:
-        kept = copy_to(values.size).reshape(values.shape)
-        top = compiled.copy_largest(values.reshape(-1), kept.reshape(-1))
-    return kept, float("inf") if np.isnan(top) else float(top)
-
-
-class HeldCopies:
-    """Memory for copies of `HELD` sites, which every layer uses again: among an engine's own arrays, which come and go, they would keep its heap in pieces.
-
-    A layer's copy is written over by the next layer's, except resid_post's, which that layer adds to.
-    """
-
-    def __init__(self) -> None:
-        self._memory: dict[tuple[str, int], Array] = {}
-
-    def of(self, site: str, layer: int | None) -> Callable[[int], Array]:
-        """Where `measured` puts a copy of that site."""
-        key = site, (layer or 0) % 2 if site == "resid_post" else 0
-
-        def memory(size: int) -> Array:
-            if key not in self._memory or self._memory[key].size < size:
-                self._memory[key] = np.empty(size, np.float32)
-            return self._memory[key][:size]
-
-        return memory
 
 
 def _share(difference: float, size: float) -> float:

@@ -153,7 +153,7 @@ def _summary_of_many(logits: NDArray[np.float32], following: NDArray[np.int64], 
     if len(following) != n or following.min() < 0 or following.max() >= logits.shape[1]:  # a compiled loop would read beyond the array
         raise ValueError(f"{n} rows of {logits.shape[1]:,} logits have {len(following)} next tokens, from {following.min()} to {following.max()}.")
     found: dict[str, NDArray] = {"top_ids": np.empty((n, k), np.int32), "top_logprobs": np.empty((n, k), np.float32)}
-    scalars, ranks, odd = np.empty((n, 3)), np.empty(n, np.int32), np.empty(n, bool)
+    scalars, ranks, odd = np.zeros((n, 3)), np.empty(n, np.int32), np.empty(n, bool)
     compiled_logits.read_rows(logits, following, _n_groups(logits.shape[1], k), *found.values(), scalars, ranks, odd)
     found |= {name: scalars[:, at].astype(np.float32) for at, name in enumerate(_SCALARS)} | {"next_ranks": ranks}
     if odd.any():

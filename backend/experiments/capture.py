@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from backend.analysis import attention as attention_analysis
 from backend.analysis import logits as logits_analysis
-from backend.analysis.identities import HELD, HeldCopies, Identities, measured, tolerances
+from backend.analysis.held_copies import HeldCopies, measured
+from backend.analysis.identities import HELD, Identities, tolerances
 from backend.compute.halves import in_halves
 from backend.engines import Engine, Piece, Request, Sampling, ShouldStop, never_stop
 from backend.engines.native import NativePiece

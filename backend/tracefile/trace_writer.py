@@ -68,7 +68,9 @@ class TraceWriter:
             self._lock = os.open(self.part, os.O_RDWR)
             fcntl.flock(self._lock, fcntl.LOCK_EX)
         except OSError as error:
-            raise LayerscopeError(f"No trace can be written in {folder}: {error.strerror or error}.") from None
+            # HDF5's own words name files and flags; the system's name for the error is what a reader knows.
+            why = "File exists" if isinstance(error, FileExistsError) else os.strerror(error.errno) if error.errno else str(error)
+            raise LayerscopeError(f"No trace can be written in {folder}: {why}.") from None
 
     # -- activations -------------------------------------------------------------------------------------------------------
 
