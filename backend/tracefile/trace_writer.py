@@ -69,7 +69,7 @@ class TraceWriter:
             fcntl.flock(self._lock, fcntl.LOCK_EX)
         except OSError as error:
             # HDF5's own words name files and flags; the system's name for the error is what a reader knows.
-            why = "File exists" if isinstance(error, FileExistsError) else os.strerror(error.errno) if error.errno else str(error)
+            why = "File exists" if self.part.exists() else os.strerror(error.errno) if error.errno else str(error)
             raise LayerscopeError(f"No trace can be written in {folder}: {why}.") from None
 
     # -- activations -------------------------------------------------------------------------------------------------------
