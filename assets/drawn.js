@@ -39,6 +39,14 @@
         for (const host of hosts) fill(host);
     }).observe(document.documentElement, { childList: true, subtree: true, attributeFilter: ["data-still"] });
 
+    /** Where the keyboard is inside the frame: the tag and data attributes that the element was drawn with; "" for an element that has none. */
+    function addressed(host) {
+        const focused = document.activeElement;
+        if (focused === host || !host.contains(focused)) return "";
+        const data = [...focused.attributes].filter(({ name }) => name.startsWith("data-"));
+        return data.length ? focused.tagName.toLowerCase() + data.map(({ name, value }) => `[${name}="${CSS.escape(value)}"]`).join("") : "";
+    }
+
     const latest = new Map();
 
     /** Draws into the frame; when the page is still being put together the frame may come later, or be made once more and empty. */
@@ -47,7 +55,10 @@
         latest.set(id, items);
         const host = document.getElementById(id);
         if (host && (!again || !host.hasChildNodes())) {
+            const focused = addressed(host);
             host.replaceChildren(...items.map(make));
+            if (focused) host.querySelector(focused)?.focus({ preventScroll: true });  // a table that comes again leaves the keyboard where it was
+            host.dispatchEvent(new CustomEvent("drawn", { bubbles: true }));
             if (host.matches(".strip-tokens")) {  // once its font is there: before, its lines break elsewhere
                 document.fonts.ready.then(() => requestAnimationFrame(() => host.querySelector(".chosen")?.scrollIntoView({ block: "nearest" })));
             }

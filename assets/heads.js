@@ -1,9 +1,11 @@
 /* The head grid: click or arrow keys choose a head; the store "chosen-head", the pickers and the grid stay equal. */
 (function () {
     let shown = "";  // in the pickers, as far as it came from the store
+    let latest = null;  // the head that was chosen last
     const grid = () => document.getElementById("head-grid");
     // Marked at once: a key that follows before Dash has answered must step from here.
     const mark = (layer, head) => {
+        latest = { layer, head };
         // Only what changes: a grid has a thousand cells.
         const chosen = (selector, on) => {
             for (const item of document.querySelectorAll(selector)) {
@@ -25,6 +27,10 @@
         if (!cell) return;
         choose(Number(cell.dataset.layer), Number(cell.dataset.head));
         if (grid() && grid().contains(cell)) grid().focus({ preventScroll: true });
+    });
+    // What was asked for before the choice marks the head from before it.
+    document.addEventListener("drawn", (event) => {
+        if (latest && event.target.querySelector("tr[data-layer][data-head]")) mark(latest.layer, latest.head);
     });
     document.addEventListener("click", (event) => {
         const column = event.target.closest("[data-sort]");

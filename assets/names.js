@@ -1,8 +1,8 @@
-/* Names for what would say too little to someone who does not see the page. Dash's dropdowns and check lists say their value alone ("Linear"): the
-   label they stand in or that points at them, else the title of their card, is put before it. The tools of a card ("About", "PNG") are the same on
-   every card: its title is put after them. References, not copies, so that a title that changes is the name. */
+/* Names for what would say too little to someone who does not see the page. Dash's dropdowns and check lists say their value alone ("Linear"), a grid
+   says nothing: the label they stand in or that points at them, else the title of their card, is put before it. The tools of a card ("About", "PNG")
+   are the same on every card: its title is put after them. References, not copies, so that a title that changes is the name. */
 (function () {
-    const CHOICES = "button.dash-dropdown:not([data-named]), .dash-checklist[role=listbox]:not([data-named])";
+    const CHOICES = "button.dash-dropdown:not([data-named]), .dash-checklist[role=listbox]:not([data-named]), .ag-root[role=grid]:not([data-named])";
     const TOOLS = ".card-tools .tool:not([data-named])";
     let number = 0;
     const identified = (element) => { if (!element.id) element.id = `name-${(number += 1)}`; return element.id; };

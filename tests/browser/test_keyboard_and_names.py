@@ -5,6 +5,7 @@ Also the trace beside its category: what the cards "Over a batch" draw is held a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,8 @@ def focus_ring(page) -> bool:
 @pytest.mark.parametrize("path", PAGES)
 def test_every_control_of_a_page_has_a_name(path: str, opened):
     page = opened(path)
+    if path == "/weights":
+        page.wait_for_selector("#weights-grid .ag-root[data-named]")  # it comes after the page
     nodes = accessible(page)
     assert len(nodes) > 8  # the rail alone has more
     assert [each for each in nodes if not each["name"]] == []
@@ -157,15 +160,42 @@ def test_strip_grid_and_tables_by_keyboard(server, opened):
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowRight")
     page.wait_for_function("() => document.querySelector('#pattern-title').textContent.includes('1.1')")
-    page.locator("#head-table th button", has_text="Previous token").focus()
+    page.locator("#head-table th button", has_text="First token").focus()
     page.keyboard.press("Enter")
-    page.wait_for_function("() => document.querySelector('#head-table th[aria-sort=descending]')?.textContent.startsWith('Previous token')")
-    assert parse_qs(urlparse(page.url).query)["metric"] == ["previous"]
+    page.wait_for_function("() => document.querySelector('#head-table th[aria-sort=descending]')?.textContent.startsWith('First token')")
+    page.wait_for_function("() => new URL(location).searchParams.get('metric') === 'sink'")
+    assert page.evaluate("() => document.activeElement.textContent").startswith("First token")  # the keyboard stays at the column it sorted by
+    assert page.locator("#head-table tr.chosen td").first.inner_text() == "1.1"
     row = page.locator("#head-table tbody tr").nth(2)
     name = row.locator("td").first.inner_text()
     row.focus()
     page.keyboard.press("Enter")
     page.wait_for_function(f"() => document.querySelector('#pattern-title').textContent.includes('{name}')")
+
+
+def test_a_table_that_comes_late_keeps_the_keyboard_and_the_choice(opened):
+    page = opened("/attention", pos=2, layer=0, head=0)
+    page.wait_for_selector("#head-table tbody tr")
+    late = []
+
+    def asked(route):
+        if "head-table-drawing" in (route.request.post_data or ""):
+            late.append(route)
+        else:
+            route.continue_()
+
+    page.route(re.compile("_dash-update-component"), asked)
+    page.locator("#head-table th button", has_text="First token").click()
+    page.wait_for_function("() => document.querySelector('#head-metric')?.textContent.includes('First token')")
+    page.locator("#head-table tr[data-layer='1'][data-head='2']").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function("() => document.querySelector('#pattern-title').textContent.includes('1.2')")
+    assert late  # asked for when 0.0 was the head, answered only now
+    for route in late:
+        route.continue_()
+    page.wait_for_function("() => document.querySelector('#head-table th[aria-sort=descending]')?.textContent.startsWith('First token')")
+    here = "document.querySelector('#head-table tr.chosen')"
+    assert page.evaluate(f"() => [{here}.firstChild.textContent, document.activeElement === {here}, document.querySelectorAll('#head-table tr.chosen').length]") == ["1.2", True, 1]
 
 
 def test_about_opens_with_enter_and_space_and_closes_with_escape(opened):
