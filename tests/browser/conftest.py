@@ -23,10 +23,11 @@ def browser_type_launch_args() -> dict:
 
 
 # What a page shows comes by many callbacks, which may answer in any order. A test waits for one thing and then reads others: so every wait goes on
-# until nothing that was asked is unanswered, what the answers have asked in turn included. A page that asks again and again is given up on.
+# until nothing that was asked is unanswered, what the answers have asked in turn included. A page that follows a generation asks again and again.
 SETTLING_MS = 5_000
 QUIET_MS = 60  # what an answer leads to is asked well before
-_SETTLED = f"() => !window.unanswered && performance.now() - (window.answeredAt ?? 0) > {QUIET_MS}"
+_LIVE = "document.querySelector('#gen-stop:not([hidden])')"
+_SETTLED = f"() => {_LIVE} || (!window.unanswered && performance.now() - (window.answeredAt ?? 0) > {QUIET_MS})"
 
 # `make late`: each answer reaches the page up to so many milliseconds late, at random, so that two that were asked together come in either order. A test that
 # reads what may not be there yet passes on an idle machine and fails here.
