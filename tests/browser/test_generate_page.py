@@ -24,7 +24,7 @@ PROMPT = "Mary gave <b>x</b>"
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     """Deep, so that it writes slowly enough to be stopped; greedily it does not end by itself."""
-    return save_tiny("mistral", tmp_path_factory.mktemp("models") / "deep-mistral", num_hidden_layers=24)
+    return save_tiny("mistral", tmp_path_factory.mktemp("models") / "deep-mistral", num_hidden_layers=60)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_a_generation_that_is_stopped_midway_keeps_its_tokens(server, tiny, visi
     job = query_of(page)["job"]
     page.reload()  # the address alone leads back to the running job
     page.wait_for_function("() => document.querySelectorAll('#live-text .tok.written').length >= 4")
-    page.wait_for_function("() => document.querySelector('#gen-norms .js-plotly-plot')?._fullData?.[0]?.z?.length === 24")
+    page.wait_for_function("() => document.querySelector('#gen-norms .js-plotly-plot')?._fullData?.[0]?.z?.length === 60")
     assert query_of(page)["job"] == job
     page.click("#gen-stop")
     seen = written(page)
