@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from backend.engines import Piece
+from backend.engines import threads as engine_threads_module
 from backend.experiments import between
 from backend.experiments.aside import Aside
 from backend.experiments.between import Between, sink_for
@@ -30,7 +31,11 @@ def test_a_failure_is_raised_where_the_engine_is():
         sink.put(piece(0))
 
 
-@pytest.mark.parametrize(("on_cpu", "few", "kind"), [(True, True, Between), (True, False, Aside), (False, True, Aside)])
-def test_an_engine_on_few_cores_is_waited_for_and_any_other_goes_on(monkeypatch, on_cpu, few, kind):
-    monkeypatch.setattr(between, "few_cores", lambda: few)
-    assert type(sink_for(SimpleNamespace(on_cpu=on_cpu), lambda p: None)) is kind
+@pytest.mark.parametrize(
+    ("on_cpu", "cores", "threads", "kind"),
+    [(True, 2, 2, Between), (True, 4, 4, Between), (True, 2, 1, Aside), (True, 8, 8, Aside), (False, 2, 2, Aside)],
+)
+def test_an_engine_that_fills_few_cores_is_waited_for_and_any_other_goes_on(monkeypatch, on_cpu, cores, threads, kind):
+    monkeypatch.setattr(between, "n_cores", lambda: cores)
+    monkeypatch.setattr(engine_threads_module, "n_cores", lambda: cores)
+    assert type(sink_for(SimpleNamespace(on_cpu=on_cpu, n_threads=threads), lambda p: None)) is kind

@@ -20,7 +20,7 @@ class LayeredEngine:
     """An engine of any depth that computes nothing: it hands out fresh arrays, layer after layer, as a real one does."""
 
     sites = frozenset((*CAPTURED, "embed", "logits"))
-    version, compute, n_ctx, unchecked, on_cpu = "none", "float32", 1024, {}, False
+    version, compute, n_ctx, unchecked, on_cpu, n_threads = "none", "float32", 1024, {}, False, 1
 
     def __init__(self, n_layers: int) -> None:
         self.info = ModelInfo("deep", "", "hf", "llama", n_layers, n_heads=4, n_kv_heads=4, d_model=64, d_head=16, d_mlp=64, d_vocab=50, n_ctx=1024)

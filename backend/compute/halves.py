@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+
+from backend.compute.cores import n_cores
 
 
 def in_halves(work: Callable[[slice], None], n: int) -> None:
@@ -18,11 +19,6 @@ def in_halves(work: Callable[[slice], None], n: int) -> None:
         work(slice(0, n // 2))
     finally:
         other.result()
-
-
-def n_cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 @functools.cache

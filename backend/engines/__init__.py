@@ -169,6 +169,7 @@ class Engine(EditsWeights, Protocol):
     version: str  # engine and library version, for the trace's record
     compute: str  # what sets its rounding: the dtype of arithmetic (HF), or the storage of the weights (GGUF)
     on_cpu: bool  # no part of it computes anywhere else
+    n_threads: int  # threads that compute on this machine's cores
     n_ctx: int  # most tokens of one run: the smaller of the option and the model's own
     unchecked: dict[str, str]  # identity that cannot be checked of this model -> why; "table_row": the architecture has no row
 

@@ -36,6 +36,7 @@ from backend.engines.ggml_codes import code_bits
 from backend.engines.gguf_context import Context, Model
 from backend.engines.gguf_generic import NO_ROW, NO_UNEMBED, fitting, is_pattern
 from backend.engines.gguf_graph import Place, SeenNode, Watch, Where, find_places
+from backend.engines.gguf_lifetimes import Lifetimes
 from backend.engines.gguf_native import Natives, listed
 from backend.engines.gguf_nodes import EDGES, Recorder
 from backend.engines.gguf_sites import GENERIC, architecture
@@ -46,6 +47,7 @@ from backend.engines.gguf_weight_edits import StoredTensors, perturbed, type_of
 from backend.engines.native import NativeTensor
 from backend.engines.resid_norms import ResidNorms
 from backend.engines.sampling import check_sampling, choose
+from backend.engines.threads import engine_threads
 from backend.engines.weight_edits import WeightChange, Written
 from backend.errors import Cancelled, LayerscopeError
 from backend.files.file_stamps import stamps
@@ -88,6 +90,7 @@ class GgufEngine:
             self.info = replace(info, add_bos=self._vocabulary.add_bos)
             self._watch = Watch(self._model.llama)
             self._nodes: list[SeenNode] = []
+            self._lifetimes = Lifetimes()
             self._places = self._find_places(header)
         except BaseException:
             self.close()
@@ -96,7 +99,7 @@ class GgufEngine:
         self.places = frozenset(self._places)
         self.sites = frozenset(site for site, _ in self.places)
         self.unchecked: dict[str, str] = {} if self._table is not GENERIC else {"table_row": NO_ROW} | ({} if self._unembedding else {"unembed": NO_UNEMBED})
-        self.on_cpu = not self._model.n_gpu_layers
+        self.on_cpu, self.n_threads = not self._model.n_gpu_layers, options.n_threads or engine_threads()
         device = "CPU" if self.on_cpu else "GPU"
         self.version = f"llama-cpp-python {importlib.metadata.version('llama-cpp-python')}, {device}, {options.kv_cache} KV cache"
 
@@ -226,6 +229,7 @@ class GgufEngine:
         """Run a few tokens, noting every node of the graph; a node of known size proves that tensors are laid out as ggml.py says."""
         ids = [self.info.d_vocab * (i + 1) // (_PROBE + 2) for i in range(min(_PROBE, self.info.n_ctx, self._n_ubatch))]
         context = self._context_for(len(ids), self._n_ubatch)
+        self._watch.note(self._lifetimes.note)
         self._watch.record(self._nodes)
         context.decode(ids, 0, all_outputs=True)
         self._watch.rest()
@@ -307,10 +311,12 @@ class GgufEngine:
         if tap.should_stop():
             raise Cancelled
         tap.start = start
-        if natives:
+        if natives and natives.places:
             self._watch.want([*self._stops(tap, len(ids)), *natives.places], natives.beside(tap.visit))
         else:
-            self._watch.want(self._stops(tap, len(ids)), tap.visit)
+            # What an edit changes must be read before it; with parts on a GPU there are several graphs; for one token, planning takes longer than stops.
+            together = (self._lifetimes, self._nodes) if self.on_cpu and not tap.edits and len(ids) > 1 else None
+            self._watch.want(self._stops(tap, len(ids)), tap.visit, together)
         try:
             context.decode(ids, start, all_outputs or bool(tap.edits))
         finally:

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from backend.engines import OpenOptions, default_threads
+from backend.engines import OpenOptions
 from backend.engines.ggml import F16, F32, first_error, forget_errors, open_llama
 from backend.engines.gguf_graph import Watch
+from backend.engines.threads import engine_threads
 from backend.errors import LayerscopeError
 
 _PAD = 256  # llama.cpp rounds a context up to this many tokens
@@ -65,7 +66,7 @@ class Context:
         self.n_ctx, self.n_ubatch = -(-n_ctx // _PAD) * _PAD, n_ubatch
         params = self.llama.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = self.n_ctx, n_ubatch, n_ubatch, 1
-        params.n_threads = params.n_threads_batch = options.n_threads or default_threads()
+        params.n_threads = params.n_threads_batch = options.n_threads or engine_threads()
         params.flash_attn_type = self.llama.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.type_k = params.type_v = F32 if options.kv_cache == "f32" else F16
         params.cb_eval, params.abort_callback = watch.eval_callback, watch.abort_callback

@@ -3,20 +3,23 @@
     find_places(...)   the table of an architecture looked up in the graph that the model really has
     Watch              llama.cpp's scheduler callback and abort callback, with Python's exceptions kept out of C
 
-llama.cpp calls back twice for a node. With ask=True, for every node and before anything runs: whether we want it. With
-ask=False, once the wanted node is computed and before anything that depends on it: what is written then is what follows.
+llama.cpp calls back twice for a node. With ask=True, for every node up to the next wanted one and before any of these runs: whether we
+want it. With ask=False, once the wanted node is computed and before anything that depends on it: what is written then is what follows.
+What is only read may wait for a later stop (`backend.engines.gguf_lifetimes`).
 """
 
 from __future__ import annotations
 
-import ctypes
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from backend.engines.ggml import F32, NAME_OFFSET, OP_OFFSET, Tensor, op_name, scale_of_soft_max
+from backend.engines.ggml import F32, Tensor, op_name, scale_of_soft_max
+from backend.engines.gguf_lifetimes import Key, Lifetimes, key_of, overlap
 from backend.engines.gguf_sites import Architecture, Node
+from backend.errors import LayerscopeError
 
 Where = tuple[str, int | None]  # site, layer
 
@@ -68,6 +71,10 @@ def _operands(tensor: Tensor, op: str) -> list[bytes]:
     elif op == "ADD" and op_name(sources[0].op) == "ADD":
         names.append(sources[0].src[1].contents.name + b" (added)")
     return names
+
+
+def _encoded(names: Iterable[str]) -> list[bytes]:
+    return [name.encode("utf-8", "replace") for name in names]
 
 
 def find_places(table: Architecture, nodes: Iterable[SeenNode], residual_scale: float = 1.0) -> dict[Where, Place]:
@@ -130,9 +137,15 @@ class Watch:
         self._visit: Callable[[Tensor, Place], None] | None = None
         self._recorded: list[SeenNode] | None = None
         self._note: Callable[[int], None] | None = None
+        self._lifetimes: Lifetimes | None = None
+        self._stops: frozenset[int] = frozenset()
+        self._asked = 0  # nodes of this pass that were asked about
+        self._waiting: list[tuple[int, Place]] = []  # what the next stop visits
 
-    def want(self, places: Iterable[Place], visit: Callable[[Tensor, Place], None]) -> None:
-        """Call `visit(tensor, place)` at each of `places`, as soon as it is computed."""
+    def want(self, places: Iterable[Place], visit: Callable[[Tensor, Place], None], lifetimes: tuple[Lifetimes, Sequence[SeenNode]] | None = None) -> None:
+        """Call `visit(tensor, place)` at each of `places`, in the order they are computed: each at once, or, with the lifetimes and the nodes of a pass of this
+        model and for values that are only read, several at one stop. Good for one decode.
+        """
         self.rest()
         self._visit = visit
         for place in places:
@@ -141,6 +154,10 @@ class Watch:
                 self._weight_ops.add(place.op)
             else:
                 self._by_name.setdefault(place.name.encode(), {}).setdefault(place.op, []).append(place)
+        if lifetimes is not None:
+            self._lifetimes, nodes = lifetimes
+            wanted = (bool(self._places_of((node.name.encode(), node.op), partial(_encoded, node.operands))) for node in nodes)
+            self._stops = self._lifetimes.stops(at for at, here in enumerate(wanted) if here)
 
     def record(self, into: list[SeenNode]) -> None:
         """Note every node that is asked about, besides visiting the wanted ones."""
@@ -163,28 +180,43 @@ class Watch:
         if self.error is not None:
             return False
         try:
-            places = self._places_of(address)
             if ask:
                 if self._recorded is not None:
                     self._recorded.append(SeenNode.of(Tensor.from_address(address)))
                 if self._note is not None:
                     self._note(address)
-                return bool(places)
+                return self._stops_at(address)
+            waiting, self._waiting = self._waiting, []
             if self._visit is not None:
-                for place in places:
-                    self._visit(Tensor.from_address(address), place)
+                for at, place in waiting:
+                    self._visit(Tensor.from_address(at), place)
         except BaseException as error:  # noqa: BLE001 - raised again by raise_error, once C is left
             self.error = error
             return False
         return True
 
-    def _places_of(self, address: int) -> Sequence[Place]:
+    def _stops_at(self, address: int) -> bool:
+        """Whether to stop at a node; what is wanted of it waits for the next stop."""
+        key = key_of(address)
+        places = self._places_of(key, lambda: _operands(Tensor.from_address(address), op_name(key[1])))
+        stop = bool(places)
+        if self._lifetimes is not None and self._lifetimes.has(self._asked, key):
+            stop = self._asked in self._stops
+        elif self._lifetimes is not None:  # another graph than that of the pass: stop here, and from here on at each place
+            self._lifetimes, stop = None, bool(places or self._waiting)
+            if any(overlap(address, waiting) for waiting, _ in self._waiting):
+                name = key[0].decode("utf-8", "replace")
+                raise LayerscopeError(f"llama.cpp computes another graph than when the model was opened, and {name!r} takes memory that is not read yet.")
+        self._asked += 1
+        self._waiting += [(address, place) for place in places]
+        return stop
+
+    def _places_of(self, key: Key, operands: Callable[[], Sequence[bytes]]) -> Sequence[Place]:
         """One look-up: this runs for every node of the graph. A node can hold two sites, in the order of the table."""
-        op = ctypes.c_int.from_address(address + OP_OFFSET).value
-        ops = self._by_name.get(ctypes.string_at(address + NAME_OFFSET))
+        name, op = key
+        ops = self._by_name.get(name)
         if ops is not None:
             return ops.get(op, ())
         if op not in self._weight_ops:
             return ()
-        operands = _operands(Tensor.from_address(address), op_name(op))
-        return [place for name in operands for place in self._by_weight.get(name, ()) if place.op == op]
+        return [place for name in operands() for place in self._by_weight.get(name, ()) if place.op == op]

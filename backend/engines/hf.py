@@ -63,7 +63,7 @@ from backend.engines.hf_weights import find as find_weight
 from backend.engines.native import NativeTensor
 from backend.engines.resid_norms import ResidNorms
 from backend.engines.sampling import check_sampling, choose
-from backend.engines.threads import prepare
+from backend.engines.threads import engine_threads, prepare
 from backend.engines.weight_edits import WeightChange, Written
 from backend.errors import LayerscopeError
 from backend.files.bounded_json import read_json
@@ -91,8 +91,9 @@ class HfEngine:
             raise LayerscopeError(f"The tokenizer of {path.name} has {self._tokenizer.size:,} tokens, and the embedding has {info.d_vocab:,} rows.")
         bits = quantization(options, path)
         self.device = _device("cuda" if bits and options.device == "auto" else options.device)
-        if options.n_threads:
-            torch.set_num_threads(options.n_threads)
+        # By itself PyTorch takes the machine's cores, whatever the container's share of them is.
+        self.n_threads = options.n_threads or min(torch.get_num_threads(), engine_threads())
+        torch.set_num_threads(self.n_threads)
         placed = arguments(options, bits, bool(stored_bits(path)), self.device)
         self._model = _load(path, self.device, _dtype(options.dtype, self.device), known=info.architecture in ARCHITECTURES, placed=placed)
         found = Generic(ARCHITECTURES[info.architecture], True, {}) if info.architecture in ARCHITECTURES else find(self._model, info)

@@ -9,7 +9,7 @@ import ctypes
 import functools
 import os
 
-from backend.compute.halves import n_cores
+from backend.compute.cores import n_cores, n_physical_cores
 
 _M_ARENA_MAX = -8  # of glibc's malloc.h
 _FEW_CORES = 4
@@ -17,12 +17,22 @@ _SPINS = "300"
 
 
 def default_threads() -> int:
-    return max(1, n_cores())
+    """Threads of what Layerscope computes itself: one a core."""
+    return n_cores()
+
+
+def engine_threads() -> int:
+    """Threads that an engine computes with if nobody says: where cores are many, one a physical core, as llama.cpp's own programs choose.
+
+    A core that runs two threads has one set of arithmetic units: its second thread adds little to matrix products, and is free for what
+    is done with the values meanwhile.
+    """
+    return n_cores() if few_cores() else n_physical_cores()
 
 
 def few_cores() -> bool:
-    """Whether an engine on the CPU leaves no core to anything else."""
-    return default_threads() <= _FEW_CORES
+    """Whether an engine that computes with all cores leaves none to anything else."""
+    return n_cores() <= _FEW_CORES
 
 
 def let_waiting_threads_sleep() -> None:
