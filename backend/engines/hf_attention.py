@@ -68,13 +68,14 @@ def _attend(tap: Tap, layer: int, source: str, query: Tensor, key: Tensor, value
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    allowed = _allowed(query, key, mask)
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    forbidden = ~_allowed(query, key, mask)
+    # In place, where nothing else has the values: eager attention makes each map of a layer four times over.
+    scores = (query @ key.transpose(2, 3)).mul_(query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = (scores / softcap).tanh() * softcap
 
     def masked(scores: Tensor) -> Tensor:
-        return scores.masked_fill(~allowed, float("-inf"))
+        return scores.masked_fill_(forbidden, float("-inf"))
 
     scores = masked(scores[0])
     changed = tap.through("attn_scores", layer, scores, f"{source} scores", valid=masked)
