@@ -11,7 +11,7 @@ import time
 from bench.models import FOLDER
 from bench.report import keep, markdown, write_document
 
-PARTS = ("gguf", "hf", "size", "growth", "weights", "attention", "lens", "embeddings", "moe", "sensitivity_ranking", "sensitivity_edits", "gpu", "peers")
+PARTS = ("gguf", "hf", "spare_core", "size", "growth", "weights", "attention", "lens", "embeddings", "moe", "sensitivity_ranking", "sensitivity_edits", "gpu", "peers")
 
 
 def main(wanted: list[str]) -> None:

@@ -70,15 +70,16 @@ def _resident(row: str) -> int:
 
 
 class Case:
-    """A running child, `python -m bench.<module> <arguments as JSON>`. Use as a context manager."""
+    """A running child, `python -m bench.<module> <arguments as JSON>`, with n_threads() threads unless the arguments say `n_threads`. Use as a context manager."""
 
     def __init__(self, module: str, *, python: Path = PYTHON, **arguments: Any) -> None:
         said = {name: value for name, value in arguments.items() if not isinstance(value, list)}
         self.what, self._python = f"{module} {said}", python
-        self._words = ["-m", f"bench.{module}", json.dumps({"n_threads": n_threads(), **arguments})]
+        self._n_threads = arguments.setdefault("n_threads", n_threads())
+        self._words = ["-m", f"bench.{module}", json.dumps(arguments)]
 
     def __enter__(self) -> Case:
-        threads = str(n_threads())
+        threads = str(self._n_threads)
         limits = {f"{name}_NUM_THREADS": threads for name in ("OMP", "OPENBLAS", "MKL")} | {"LAYERSCOPE_N_THREADS": threads}
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
         self._errors = tempfile.TemporaryFile()
