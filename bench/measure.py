@@ -134,6 +134,13 @@ class Runs:
     extra_bytes: int = 0
     last: dict[str, Any] = field(default_factory=dict)
 
+    def add(self, answer: dict[str, Any], warm_up: bool) -> None:
+        """One more answer of `Case.run`; that of the warm-up round counts for memory and not for time."""
+        self.extra_bytes, self.last = max(self.extra_bytes, answer["extra_bytes"]), answer
+        if not warm_up:
+            self.seconds.append(answer["seconds"])
+            self.cpu_seconds.append(answer["cpu_seconds"])
+
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
@@ -158,10 +165,6 @@ def in_turn(cases: Mapping[str, Case], rounds: int = ROUNDS) -> dict[str, Runs]:
             stack.enter_context(case)
         for number in range(rounds + 1):
             for name, case in cases.items():
-                answer, runs = case.run(), found[name]
-                runs.extra_bytes, runs.last = max(runs.extra_bytes, answer["extra_bytes"]), answer
-                if number:
-                    runs.seconds.append(answer["seconds"])
-                    runs.cpu_seconds.append(answer["cpu_seconds"])
+                found[name].add(case.run(), warm_up=number == 0)
             print(f"round {number} of {rounds}: " + ", ".join(f"{name} {runs.last['seconds']:.2f} s" for name, runs in found.items()), file=sys.stderr)
     return found

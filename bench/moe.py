@@ -41,7 +41,7 @@ def section() -> Section:
     ]  # fmt: skip
     text = f"""
 {describe()}, {N_TOKENS:,} tokens, CPU. *plain* is the engine's own run with the logits of every position; *routers* receives {", ".join(SITES)} of every layer too.
-Both PyTorch cases compute experts as transformers does by default.
+Both in one process, in turn: two processes with the same model differ by up to a tenth for as long as they live. PyTorch computes experts as transformers does by default.
 
 {time_table({name: each for name, each in runs.items() if name.startswith("PyTorch")}, "PyTorch, plain")}
 
@@ -71,8 +71,11 @@ def _routers() -> tuple[dict[str, Runs], dict[str, Runs]]:
     ids = [i % SIZES["vocab_size"] for i in random_ids(N_TOKENS)]
     paths = {"PyTorch": str(hf_folder()), "GGUF": str(gguf_file())}
     runs: dict[str, Runs] = {}
-    for name, path in paths.items():  # one engine at a time: two models of either would share the memory bandwidth
-        runs |= in_turn({f"{name}, {what}": Case("run_routing", path=path, ids=ids, routing=what == "routers") for what in ("plain", "routers")}, ROUNDS)
+    for name, path in paths.items():
+        with Case("run_routing", path=path, ids=ids) as case:
+            for number in range(ROUNDS + 1):
+                for what in ("plain", "routers"):
+                    runs.setdefault(f"{name}, {what}", Runs()).add(case.run(), warm_up=number == 0)
     kept = in_turn({
         "transformers": Case("run_transformers", path=paths["PyTorch"], ids=ids),
         "PyTorch, routers on disk": Case("run_capture", path=paths["PyTorch"], ids=ids, sites=list(SITES)),

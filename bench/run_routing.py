@@ -1,7 +1,8 @@
-"""A case: the engine runs a prompt, with the logits of every position alone or with the four sites of the routers too; the values are received and dropped."""
+"""A case: the engine runs a prompt, with the logits of every position alone and, the next time, with the four sites of the routers too; values are received and dropped."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 
@@ -11,15 +12,15 @@ from backend.reports.routing import SITES
 from bench.measure import serve
 
 
-def main(path: str, n_threads: int, ids: list[int], routing: bool) -> None:
+def main(path: str, n_threads: int, ids: list[int]) -> None:
     """n_threads reaches the engine as LAYERSCOPE_N_THREADS."""
     engine = open_model(path, device="cpu", n_gpu_layers=0).engine
-    request = Request((*SITES, "logits") if routing else ("logits",))
+    turns = itertools.cycle((Request(("logits",)), Request((*SITES, "logits"))))
 
     def sink(piece: Piece) -> None:
         assert len(piece.values)
 
-    serve(lambda: engine.run(ids, request, sink, (), never_stop), lambda: engine.run(ids[:4], request, sink, (), never_stop))
+    serve(lambda: engine.run(ids, next(turns), sink, (), never_stop), lambda: engine.run(ids[:4], Request(("logits",)), sink, (), never_stop))
 
 
 if __name__ == "__main__":
