@@ -35,7 +35,7 @@ class Piece:
     values: float32 (int32 for expert_indices) in the site's dims. For attention maps: (head, n, start + n), keys from 0;
     `heads` names the heads that they hold, None: all of them, as an engine hands them out.
     The array belongs to the receiver only until it returns from the sink, and may be the model's own memory: copy what must
-    outlive the call, unless it is `owned`, made for this piece alone.
+    outlive the call, unless it is `owned`, made for this piece alone, or `steady`: the model has no use for it any more but to read it.
     """
 
     site: str
@@ -44,6 +44,7 @@ class Piece:
     values: NDArray[Any]
     source: str  # native tensor or module name, for the trace's record
     owned: bool = False
+    steady: bool = False
     heads: tuple[int, ...] | None = None
 
 

@@ -97,6 +97,7 @@ class HfEngine:
         placed = arguments(options, bits, bool(stored_bits(path)), self.device)
         self._model = _load(path, self.device, _dtype(options.dtype, self.device), known=info.architecture in ARCHITECTURES, placed=placed)
         found = Generic(ARCHITECTURES[info.architecture], True, {}) if info.architecture in ARCHITECTURES else find(self._model, info)
+        self._steady = info.architecture in ARCHITECTURES  # tests hold each of them to it
         self._row, self._in_pieces, self.unchecked = found.row, found.in_pieces, {**found.unchecked, **({"attn_projection": f"W_O is {bits}: {PACKED}"} if bits else {})}
         bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
         self.info = replace(
@@ -139,7 +140,7 @@ class HfEngine:
         """
         check_request(self.info, self.places, request, ids, self.n_ctx)
         self._check_edits(edits, len(ids))
-        tap, natives = Tap(self.info, request, sink, edits, should_stop, len(ids)), Natives(self.info, self._model, request.native)
+        tap, natives = Tap(self.info, request, sink, edits, should_stop, len(ids), steady=self._steady), Natives(self.info, self._model, request.native)
         size = len(ids) if request.native or not self._in_pieces else _piece(edits, ids)
         with _no_grad(), installed(self._model, self._row, tap, self.places), natives:
             self._prefill(ids, tap, cache=None if len(ids) <= size else self._cache(), size=size)

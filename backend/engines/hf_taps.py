@@ -31,10 +31,14 @@ TAP = "layerscope_tap"  # the attribute of an attention module under which hf_at
 
 
 class Tap:
-    """What one run captures and edits. `start` is the position of the first token of the piece that runs now."""
+    """What one run captures and edits. `start` is the position of the first token of the piece that runs now.
 
-    def __init__(self, info: ModelInfo, request: Request, sink: Sink, edits: tuple[Intervention, ...], should_stop: ShouldStop, n_tokens: int) -> None:
+    steady: the model is known to write into nothing that it has handed out. An edit is written in place and may reach what came before it.
+    """
+
+    def __init__(self, info: ModelInfo, request: Request, sink: Sink, edits: tuple[Intervention, ...], should_stop: ShouldStop, n_tokens: int, steady: bool = False) -> None:
         self.info, self.request, self.sink, self.should_stop, self.n_tokens = info, request, sink, should_stop, n_tokens
+        self.steady = steady and not edits
         self.edits = edits_by_place(edits)
         self.start = 0
 
@@ -61,7 +65,8 @@ class Tap:
             kept = tensor if changed is None else changed
             values = to_numpy(kept).view()
             values.flags.writeable = False  # on a CPU it is the model's own memory
-            self.sink(Piece(site, layer, self.start, values, source, owned=values.__array_interface__["data"][0] != kept.data_ptr()))
+            owned = values.__array_interface__["data"][0] != kept.data_ptr()
+            self.sink(Piece(site, layer, self.start, values, source, owned, self.steady))
         return changed
 
 

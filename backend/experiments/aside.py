@@ -40,12 +40,12 @@ class Aside:
         self._thread = threading.Thread(target=self._run, name="aside", daemon=True)
 
     def put(self, piece: Piece) -> None:
-        """Take a piece over; its values are copied unless they are its own. Waits while the engine is too far ahead."""
+        """Take a piece over; its values are copied where somebody may write into them. Waits while the engine is too far ahead."""
         with self._changed:
             self._changed.wait_for(lambda: self._has_room(piece))
         if self._error is not None:
             raise self._error
-        values = piece.values if piece.owned else np.array(piece.values, order="C")
+        values = piece.values if piece.owned or piece.steady else np.array(piece.values, order="C")
         with self._changed:
             self._pieces.append(dataclasses.replace(piece, values=values, owned=True))
             self._n_bytes += values.nbytes
