@@ -37,7 +37,7 @@ slow: $(VENV)/.installed-dev  ## long measurements
 screenshots: $(VENV)/.installed-dev chromium  ## every page, both themes, two widths, into test-results/
 	$(PY) scripts/screenshots.py test-results/screenshots
 
-bench: $(VENV)/.installed-dev $(PEERS)/.installed  ## measure and write docs/benchmarks.md; ONLY=gguf one part of gguf hf size growth weights lens gpu peers
+bench: $(VENV)/.installed-dev $(PEERS)/.installed  ## measure and write docs/benchmarks.md; ONLY=gguf one part; bench/__main__.py names them
 	$(PY) -m bench $(ONLY)
 
 peers: $(VENV)/.installed-dev $(PEERS)/.installed  ## the same values as TransformerLens 4, or fail

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from backend.engines.ggml import F32, Tensor, op_name, scale_of_soft_max
-from backend.engines.gguf_lifetimes import Key, Lifetimes, key_of, overlap
+from backend.engines.gguf_lifetimes import Key, Lifetimes, key_of, overwrites
 from backend.engines.gguf_sites import Architecture, Node
 from backend.errors import LayerscopeError
 
@@ -204,7 +204,7 @@ class Watch:
             stop = self._asked in self._stops
         elif self._lifetimes is not None:  # another graph than that of the pass: stop here, and from here on at each place
             self._lifetimes, stop = None, bool(places or self._waiting)
-            if any(overlap(address, waiting) for waiting, _ in self._waiting):
+            if any(overwrites(address, waiting) for waiting, _ in self._waiting):
                 name = key[0].decode("utf-8", "replace")
                 raise LayerscopeError(f"llama.cpp computes another graph than when the model was opened, and {name!r} takes memory that is not read yet.")
         self._asked += 1

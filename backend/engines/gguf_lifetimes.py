@@ -27,10 +27,11 @@ def key_of(address: int) -> Key:
     return ctypes.string_at(address + NAME_OFFSET), ctypes.c_int.from_address(address + OP_OFFSET).value
 
 
-def overlap(first: int, second: int) -> bool:
-    """Whether two nodes have memory in common."""
-    (begin, end), (other_begin, other_end) = _extent(Tensor.from_address(first)), _extent(Tensor.from_address(second))
-    return begin < other_end and other_begin < end
+def overwrites(address: int, other: int) -> bool:
+    """Whether a node is computed into memory of another one."""
+    node = Tensor.from_address(address)
+    (begin, end), (other_begin, other_end) = _extent(node), _extent(Tensor.from_address(other))
+    return op_name(node.op) not in _SHOWS_ONLY and begin < other_end and other_begin < end
 
 
 class Lifetimes:
@@ -69,12 +70,12 @@ class Lifetimes:
     def stops(self, wanted: Iterable[int]) -> frozenset[int]:
         """The fewest of the `wanted` nodes (ascending) to stop at so that each is read in its lifetime: itself, or a later one."""
         chosen: list[int] = []
-        last, limit = -1, -1
+        last, limit = -1, len(self.keys)
         for at in wanted:
-            if last >= 0 and at > limit:
+            if at > limit:
                 chosen.append(last)
                 limit = len(self.keys)
-            last, limit = at, min(limit if limit >= 0 else len(self.keys), self.until(at))
+            last, limit = at, min(limit, self.until(at))
         return frozenset([*chosen, last] if last >= 0 else ())
 
 
